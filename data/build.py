@@ -1,0 +1,201 @@
+"""The way into `data/`, and its only file that reads the configuration: data sets, training and validation batches.
+
+B images of a micro-batch, K classes, S image size.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from yacs.config import CfgNode
+
+from data import datasets
+from data.checks import check_imagenet_order, check_num_classes, check_same_classes
+from data.datasets import Images
+from data.demo import write_demo
+from data.loader import BadImageCount, EvalSamples, TrainSamples, make_loader, worker_death_named
+from data.mixing import Mixer
+from data.sampler import StreamSampler, eval_indices
+from data.transforms import eval_transform, train_transform
+from utils.dist import Process, first_on_node
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run. `train` is None when only evaluating; `class_names` is by label, None when unknown."""
+
+    train: Images | None
+    val: Images
+    num_classes: int
+    class_names: list[str] | None
+
+
+def build_datasets(config: CfgNode, process: Process) -> Data:
+    """Opens the data that the configuration names and checks them. On each machine one process goes first, so that
+    what is written once (index, demo, download) is there for the others.
+
+    Raises:
+        UserError: the data are missing, of another layout, have another number of classes than MODEL.NUM_CLASSES,
+            other classes in train than in val, or ImageNet-1K's classes in another order.
+    """
+    root = _data_path(config)
+    with first_on_node(process):
+        train = None if config.EVAL_MODE else _open(config, root, "train", process)
+        val = _open(config, root, "val", process)
+    what = f"DATA.DATA_PATH {root}"
+    if train is not None:
+        check_same_classes(train.class_names, val.class_names, train.num_classes, val.num_classes, what)
+    if config.DATA.DATASET == "imagenet":
+        for images, split in ((train, "train"), (val, "val")):
+            if images is not None and images.class_names is not None:
+                check_imagenet_order(images.class_names, f"{what}, {split}")
+    num_classes = check_num_classes(val.num_classes, config.MODEL.NUM_CLASSES, what)
+    class_names = val.class_names if train is None or train.class_names is None else train.class_names
+    return Data(train, val, num_classes, class_names)
+
+
+def _data_path(config: CfgNode) -> Path:
+    name, path = config.DATA.DATASET, config.DATA.DATA_PATH
+    layouts = {"imagenet": datasets.LAYOUT_FOLDER, "imagenet22K": datasets.LAYOUT_22K}
+    layout = datasets.LAYOUT_ZIP if config.DATA.ZIP_MODE else layouts.get(name, "{root}, a folder to download to")
+    if not path:
+        raise UserError(f"DATA.DATA_PATH is empty: give --data-path DIR. Expected {layout.format(root='DIR')}.")
+    root = Path(path).expanduser()
+    if not root.is_dir() and name in layouts:
+        raise UserError(f"DATA.DATA_PATH (--data-path): no folder {root}. Expected {layout.format(root=root)}.")
+    return root
+
+
+def _open(config: CfgNode, root: Path, split: str, process: Process) -> Images:
+    name = config.DATA.DATASET
+    if config.DATA.ZIP_MODE:
+        # As in the original, validation images are never copied into memory: they are read once an epoch.
+        mode = "part" if split == "val" and config.DATA.CACHE_MODE == "full" else config.DATA.CACHE_MODE
+        return datasets.open_zip(root, split, mode, process.local_rank, process.local_world_size)
+    if name == "demo":
+        write_demo(root)
+    if name in ("imagenet", "demo"):
+        return datasets.open_folder(root, split)
+    if name == "imagenet22K":
+        return datasets.open_imagenet_22k(root, split)
+    return datasets.open_timm(name, root, is_training=split == "train")
+
+
+class TrainBatches:
+    """This process's micro-batches of the training stream from `start_samples` to `stop_samples`, on its device.
+
+    Yields {'image': (B, 3, S, S) float32, 'target': (B,) int64, or (B, K) float32 when mixing, 'position': stream
+    position of the first sample}. The workers live as long as the iteration and fill ahead across epochs.
+
+    Attributes:
+        wait_seconds: time spent waiting for batches so far.
+        bad_images: different images met so far that could not be used, in this process.
+    """
+
+    def __init__(self, config: CfgNode, data: Data, process: Process, start_samples: int, stop_samples: int):
+        """Raises UserError for an odd DATA.BATCH_SIZE with mixing, ValueError if start to stop is not whole updates."""
+        if data.train is None:
+            raise ValueError("the data were opened for evaluation only")
+        aug, batch_size = config.AUG, config.DATA.BATCH_SIZE
+        transform = train_transform(
+            config.DATA.IMG_SIZE, aug.COLOR_JITTER, aug.AUTO_AUGMENT, aug.REPROB, aug.REMODE, aug.RECOUNT,
+            config.DATA.INTERPOLATION,
+        )
+        samples = TrainSamples(data.train, transform, config.SEED, config.DATA.MAX_BAD_IMAGES)
+        self.wait_seconds = 0.0
+        self._batch_size = batch_size
+        self._device = process.device
+        self._num_workers = config.DATA.NUM_WORKERS
+        self._mixer = _mixer(config, data.num_classes)
+        self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "replaced by the next good one")
+        self._sampler = StreamSampler(
+            len(data.train), config.SEED, batch_size, process.rank, process.world_size, start_samples, stop_samples
+        )
+        self._loader = make_loader(samples, self._sampler, self._num_workers, _pin_memory(config, process))
+
+    @property
+    def bad_images(self) -> int:
+        return len(self._bad.seen)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor | int]]:
+        """Raises UserError when a worker dies or images are bad beyond DATA.MAX_BAD_IMAGES."""
+        batches = iter(self._loader)
+        for position in self._sampler.positions:
+            started = time.perf_counter()
+            with worker_death_named(self._num_workers):
+                batch = next(batches)
+            self.wait_seconds += time.perf_counter() - started
+            self._bad.add(batch["bad"])
+            if len(batch["target"]) < self._batch_size:
+                raise UserError("DATA.DATA_PATH: not one of the training images can be read.")
+            image = batch["image"].to(self._device, non_blocking=True)
+            target = batch["target"].to(self._device, non_blocking=True)
+            if self._mixer is not None:
+                image, target = self._mixer(image, target, position)
+            yield {"image": image, "target": target, "position": position}
+
+
+class ValBatches:
+    """This process's share of the validation images, each once, on its device; can be gone through again and again.
+
+    Yields {'image': (B, 3, S, S) float32, 'target': (B,) int64}; B varies (the last batch, and bad images left out).
+    Workers are started for each pass and end with it.
+
+    Attributes:
+        bad_images: different images met so far that could not be used, in this process.
+    """
+
+    def __init__(self, config: CfgNode, data: Data, process: Process):
+        batch_size = config.DATA.BATCH_SIZE
+        indices = eval_indices(len(data.val), process.rank, process.world_size)
+        batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+        transform = eval_transform(config.DATA.IMG_SIZE, config.TEST.CROP, config.DATA.INTERPOLATION)
+        self._device = process.device
+        self._num_workers = min(config.DATA.NUM_WORKERS, len(batches))
+        self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "left out")
+        self._loader = make_loader(
+            EvalSamples(data.val, transform), batches, self._num_workers, _pin_memory(config, process)
+        )
+
+    @property
+    def bad_images(self) -> int:
+        return len(self._bad.seen)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Raises UserError when a worker dies or images are bad beyond DATA.MAX_BAD_IMAGES."""
+        batches = iter(self._loader)
+        for _ in range(len(self._loader)):
+            with worker_death_named(self._num_workers):
+                batch = next(batches)
+            self._bad.add(batch["bad"])
+            if batch["image"] is None:
+                continue
+            image = batch["image"].to(self._device, non_blocking=True)
+            yield {"image": image, "target": batch["target"].to(self._device, non_blocking=True)}
+
+
+def val_batches(config: CfgNode, data: Data, process: Process) -> ValBatches:
+    return ValBatches(config, data, process)
+
+
+def _mixer(config: CfgNode, num_classes: int) -> Mixer | None:
+    aug = config.AUG
+    if aug.MIXUP <= 0 and aug.CUTMIX <= 0 and aug.CUTMIX_MINMAX is None:
+        return None
+    return Mixer(
+        config.SEED, config.DATA.BATCH_SIZE, num_classes, aug.MIXUP, aug.CUTMIX, aug.CUTMIX_MINMAX, aug.MIXUP_PROB,
+        aug.MIXUP_SWITCH_PROB, aug.MIXUP_MODE, config.MODEL.LABEL_SMOOTHING,
+    )
+
+
+def _pin_memory(config: CfgNode, process: Process) -> bool:
+    return config.DATA.PIN_MEMORY and process.device.type == "cuda"

@@ -1,0 +1,56 @@
+"""The order of the images: one endless stream, a pure function of (seed, number of images).
+
+Stream position s is place s mod N of epoch s // N, and an epoch's order is a permutation of its own. Processes take
+turns at micro-batches, so that who computes a sample changes with their number, and which samples an update sees
+does not.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from utils.seed import derive
+
+
+def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `n` images in `epoch`, (n,) int64; depends on (n, seed, epoch) alone."""
+    # numpy keeps the legacy generator's streams the same for all time, which its newer ones and torch's do not promise.
+    key = derive(seed, "order", epoch)
+    return np.random.RandomState([key & 0xFFFFFFFF, key >> 32]).permutation(n)
+
+
+class StreamSampler:
+    """Batch sampler: for each micro-batch of this process a list of keys (epoch, index).
+
+    Process `rank` of `world_size` takes every `world_size`-th micro-batch of `batch_size` samples, beginning with
+    the `rank`-th, from stream position `start` to `stop` (in samples; may lie in the middle of an epoch). Gradient
+    accumulation needs nothing more: an update is that many turns of all processes.
+    """
+
+    def __init__(self, n: int, seed: int, batch_size: int, rank: int, world_size: int, start: int, stop: int):
+        """Raises ValueError when start to stop is not a whole number of turns."""
+        if start > stop or (stop - start) % (batch_size * world_size):
+            raise ValueError(f"{start} to {stop} is not a multiple of {world_size} × {batch_size} samples")
+        self.n = n
+        self.seed = seed
+        self.batch_size = batch_size
+        self.positions = range(start + rank * batch_size, stop, world_size * batch_size)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, np.empty(0, np.int64)  # one epoch's permutation at a time
+        for position in self.positions:
+            keys = []
+            for s in range(position, position + self.batch_size):
+                if s // self.n != epoch:
+                    epoch = s // self.n
+                    order = epoch_permutation(self.n, self.seed, epoch)
+                keys.append((epoch, int(order[s % self.n])))
+            yield keys
+
+
+def eval_indices(n: int, rank: int, world_size: int) -> np.ndarray:
+    """The images that process `rank` evaluates: over all processes each of the `n` once, none repeated to fill up."""
+    return np.arange(rank, n, world_size)

@@ -1,0 +1,72 @@
+"""The original recipe's transforms: from an RGB picture to a normalised (3, S, S) float32 tensor."""
+
+from collections.abc import Callable
+
+from PIL import Image
+from timm.data import create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+Transform = Callable[[Image.Image], Tensor]
+
+# Up to this size images are used as they are (CIFAR, digits) and cropped with a margin, not by a random share.
+SMALL = 32
+
+
+def train_transform(
+    size: int,
+    color_jitter: float,
+    auto_augment: str,
+    re_prob: float,
+    re_mode: str,
+    re_count: int,
+    interpolation: str,
+) -> Transform:
+    """Random resized crop (area 0.08–1, ratio 3/4–4/3), flip, RandAugment or colour jitter, normalise, random erasing.
+
+    At sizes up to 32 the first step is a random crop with a margin of 4; images of another size are brought to it
+    first. Draws come from `random`, `numpy.random` and torch's CPU generator.
+
+    Args:
+        color_jitter: 0 for none; without effect beside AutoAugment.
+        auto_augment: timm's policy string, or "none".
+        re_prob, re_mode, re_count: random erasing: probability, "const", "rand" or "pixel", regions.
+        interpolation: "random" draws bilinear or bicubic for each image.
+    """
+    transform = create_transform(
+        input_size=size,
+        is_training=True,
+        color_jitter=color_jitter if color_jitter > 0 else None,
+        auto_augment=auto_augment if auto_augment != "none" else None,
+        re_prob=re_prob,
+        re_mode=re_mode,
+        re_count=re_count,
+        interpolation=interpolation,
+    )
+    if size <= SMALL:
+        to_size = transforms.Resize(size, interpolation=_mode(interpolation))  # leaves images of that size alone
+        transform.transforms[:1] = [to_size, transforms.RandomCrop(size, padding=4)]
+    return transform
+
+
+def eval_transform(size: int, crop: bool, interpolation: str) -> Transform:
+    """Resize to 256/224 of `size` and centre crop, or with `crop` False to `size` × `size`; then normalise.
+
+    Up to 32 pixels there is no enlarging before the crop: an image of the right size passes unchanged.
+    """
+    mode = _mode(interpolation)
+    if size <= SMALL:
+        geometry = [transforms.Resize(size, interpolation=mode), transforms.CenterCrop(size)]
+    elif crop:
+        geometry = [transforms.Resize(int(256 / 224 * size), interpolation=mode), transforms.CenterCrop(size)]
+    else:
+        geometry = [transforms.Resize((size, size), interpolation=mode)]
+    normalise = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return transforms.Compose([*geometry, transforms.ToTensor(), normalise])
+
+
+def _mode(interpolation: str) -> InterpolationMode:
+    """torchvision's name of it; "random", which only training knows, is bilinear here as in the original."""
+    return InterpolationMode.BILINEAR if interpolation == "random" else InterpolationMode(interpolation)

@@ -1,0 +1,251 @@
+"""The loops: train, evaluate, measure. They know objectives, batches and a clock; no flags, no files, no Swin.
+
+One update reads `accumulation` micro-batches, and the only thing that waits for the device is whoever reads the sums.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from utils.errors import TrainingDiverged
+from utils.metrics import Sums
+from utils.seed import derive, seed_device
+
+Batch = dict[str, torch.Tensor]
+TRAIN_SUMS = ("updates", "finite", "loss", "grad_norm")
+
+
+@dataclass
+class TrainState:
+    """All that a run is, beside the tensors: the clock, and what it has to remember of the past."""
+
+    samples: int = 0  # the clock: images consumed, over all processes and epochs
+    best: float = float("-inf")  # the best value of the objective's main metric so far
+    skipped: int = 0  # updates skipped because something was not finite
+    skipped_in_a_row: int = 0
+    epoch_sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TRAIN_SUMS, 0.0))
+
+    def take_sums(self, sums: Sums) -> dict[str, float]:
+        """Reads the sums since they were last read, and adds them to those of the epoch. A collective call."""
+        taken = sums.take()
+        self.epoch_sums = {name: self.epoch_sums[name] + taken[name] for name in taken}
+        return taken
+
+    def end_epoch(self) -> float:
+        """The mean training loss of the epoch that is over; the next one begins."""
+        loss = self.epoch_sums["loss"] / max(1.0, self.epoch_sums["finite"])
+        self.epoch_sums = dict.fromkeys(TRAIN_SUMS, 0.0)
+        return loss
+
+    def improve(self, value: float) -> bool:
+        """Whether `value` is the best of the main metric so far, which it then is."""
+        improved = value > self.best
+        self.best = max(self.best, value)
+        return improved
+
+    def state_dict(self) -> dict:
+        return asdict(self)
+
+    def load_state_dict(self, values: dict) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+@dataclass
+class Learner:
+    """What learns, and how an update is made."""
+
+    objective: nn.Module  # wrapped in DDP where there are several processes
+    optimizer: torch.optim.Optimizer  # a fused one: it skips an update when told by a tensor
+    scaler: torch.amp.GradScaler  # disabled unless in float16
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    accumulation: int = 1
+    clip_grad: float = 0.0  # 0: no clipping
+    max_bad_steps: int = 10
+    seed: int = 0
+    ema: ModelEmaV3 | None = None
+
+    @property
+    def bare(self) -> nn.Module:
+        """The objective without DDP around it."""
+        return self.objective.module if isinstance(self.objective, DistributedDataParallel) else self.objective
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.bare.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.model.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Takes over what was learnt; learning rates, decay and the like stay as they were set for this run.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: `saved` belongs to another model, optimizer or set of groups.
+        """
+        self.bare.model.load_state_dict(saved["model"])
+        own = self.optimizer.state_dict()
+        if [group["names"] for group in own["param_groups"]] != [
+            group["names"] for group in saved["optimizer"]["param_groups"]
+        ]:
+            raise ValueError("the optimizer's parameter groups differ")
+        self.optimizer.load_state_dict({**own, "state": saved["optimizer"]["state"]})
+        if saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        if self.ema is not None:
+            self.ema.module.model.load_state_dict(saved["ema"] or saved["model"])
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.amp_dtype or torch.bfloat16, enabled=self.amp_dtype is not None)
+
+
+class _Health:
+    """Counts skipped updates on the device, so that looking after them costs no synchronisation."""
+
+    def __init__(self, learner: Learner, state: TrainState):
+        self.counts = torch.tensor([state.skipped, state.skipped_in_a_row, 0], device=learner.device)
+        self.limit = learner.max_bad_steps
+        # Reading a GPU's counter waits for it: often enough to stop in time, and no more.
+        self.every = 1 if learner.device.type == "cpu" else self.limit
+
+    def note(self, finite: torch.Tensor) -> None:
+        total, streak, worst = self.counts.unbind()
+        bad = (~finite).to(total.dtype)
+        streak = (streak + 1) * bad
+        self.counts = torch.stack([total + bad, streak, torch.maximum(worst, streak)])
+
+    def read(self, state: TrainState) -> None:
+        state.skipped, state.skipped_in_a_row, worst = self.counts.tolist()
+        if worst >= self.limit:
+            raise TrainingDiverged(
+                f"loss or gradients were not finite in {worst} updates in a row (TRAIN.MAX_BAD_STEPS {self.limit}), "
+                f"up to {state.samples:,} images; none of these updates was applied. "
+                "Ways out: a lower TRAIN.BASE_LR, AMP_DTYPE bfloat16 or float32, TRAIN.CLIP_GRAD above 0"
+            )
+
+
+def train(
+    learner: Learner,
+    batches: Iterable[Batch],
+    state: TrainState,
+    learning_rate: Callable[[int], float],
+    global_batch: int,
+) -> Iterator[Sums]:
+    """Trains on `batches` to their end, and gives control back after each update.
+
+    Args:
+        batches: micro-batches on the device, beginning at `state.samples`; each has its stream `position`.
+        state: moved on by `global_batch` images at each update.
+        learning_rate: of an update's number, counted from 0.
+        global_batch: images per update, over all processes.
+
+    Yields:
+        The sums since they were last taken; mean values are `loss / finite` and `grad_norm / finite`.
+
+    Raises:
+        TrainingDiverged: `learner.max_bad_steps` updates in a row were not finite.
+    """
+    sums = Sums(TRAIN_SUMS, learner.device)
+    health = _Health(learner, state)
+    learner.objective.train()
+    batches = iter(batches)
+    for first in batches:
+        number = state.samples // global_batch
+        for group in learner.optimizer.param_groups:
+            group["lr"] = learning_rate(number) * group["lr_scale"]
+        loss, norm = _update(learner, first, batches)
+        state.samples += global_batch
+        finite = norm.isfinite()  # the same on every process, also when only one of them had a bad loss
+        health.note(finite)
+        zero = torch.zeros_like(loss)
+        sums.add(
+            {
+                "updates": torch.ones_like(loss),
+                "finite": finite,
+                "loss": torch.where(finite, loss, zero),
+                "grad_norm": torch.where(finite, norm, zero),
+            }
+        )
+        if (number + 1) % health.every == 0:
+            health.read(state)
+        yield sums
+        learner.objective.train()  # whoever evaluated in between may have left it in evaluation mode
+    health.read(state)
+
+
+def _update(learner: Learner, first: Batch, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer update over `accumulation` micro-batches → this process's mean loss, and the gradient norm."""
+    losses = []
+    for step in range(learner.accumulation):
+        batch = first if step == 0 else next(batches)
+        seed_device(derive(learner.seed, "model", batch["position"]), learner.device)
+        last = step == learner.accumulation - 1
+        waiting = isinstance(learner.objective, DistributedDataParallel) and not last
+        with learner.objective.no_sync() if waiting else nullcontext():
+            with learner.autocast():
+                loss = learner.objective(batch)["loss"]
+            # A loss that is not finite makes the gradients NaN, and the sum over processes carries that to every one
+            # of them: all skip the same update, and nobody had to ask.
+            poison = torch.where(loss.detach().isfinite(), 1.0, float("nan")) / learner.accumulation
+            learner.scaler.scale(loss * poison).backward()
+        losses.append(loss.detach())
+
+    learner.scaler.unscale_(learner.optimizer)
+    parameters = [p for group in learner.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters])
+    if learner.clip_grad > 0:
+        clip_grads_with_norm_(parameters, learner.clip_grad, norm)
+    if not learner.scaler.is_enabled():
+        learner.optimizer.found_inf = (~norm.isfinite()).float()
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    learner.optimizer.zero_grad(set_to_none=True)
+    if learner.ema is not None:
+        learner.ema.update(learner.bare)
+    return torch.stack(losses).mean(), norm
+
+
+@torch.inference_mode()
+def evaluate(learner: Learner, objective: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """Means of the objective's metrics over all images of all processes, each image counted once.
+
+    `objective` is `learner.bare` or an average of it; the sums are over images, so that neither the batch size nor the
+    number of processes weighs in. A collective call.
+    """
+    objective.eval()
+    sums = Sums(("count", *objective.metrics), learner.device)
+    for batch in batches:
+        with learner.autocast():
+            measured = objective.measure(batch)
+        sums.add(measured)
+    totals = sums.take()
+    count = totals.pop("count")
+    return {"images": int(count)} | {name: total / max(count, 1) for name, total in totals.items()}
+
+
+def measure(
+    step: Callable[[], object], images: int, device: torch.device, seconds: float = 2.0, runs: int = 5
+) -> float:
+    """Images per second of `step`, which handles `images` of them: the median of `runs` runs of `seconds` each."""
+
+    def timed(times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    timed(2)  # warm-up: kernels are chosen, memory is allocated
+    times = max(1, round(seconds / timed(1)))
+    return statistics.median(times * images / timed(times) for _ in range(runs))

@@ -1,0 +1,199 @@
+"""Try it on any machine (a small Swin learns handwritten digits; minutes on two CPU cores):
+
+    torchrun --standalone --nproc_per_node=1 main.py --cfg configs/demo.yaml
+
+Train Swin-T on ImageNet-1K with 8 GPUs, 1024 images an update; the same command again continues where it stopped:
+
+    torchrun --standalone --nproc_per_node=8 main.py --cfg configs/swin_tiny.yaml --data-path DIR --batch-size 128
+
+Evaluate released weights on one GPU, or on the CPU:
+
+    python main.py --cfg configs/swin_tiny.yaml --data-path DIR --eval --pretrained swin_tiny_patch4_window7_224.pth
+
+Measure images/s, without any data:
+
+    python main.py --cfg configs/swin_tiny.yaml --throughput --batch-size 64
+
+DIR holds train/<class>/*.jpg and val/<class>/*.jpg. A run writes to OUTPUT/MODEL.NAME/TAG, by default
+logs/<name>/default. Every key that --cfg and --opts can set stands in config.py. Values count in this order, the last
+wins: defaults, files named by BASE, --cfg, the other flags, --opts.
+"""
+
+# Nothing here imports torch before the command line is understood, so that --help and mistakes are answered at once.
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from yacs.config import CfgNode
+
+from config import get_config
+from utils.config_merge import Override, nearest, pair_up
+from utils.errors import UserError
+
+# By then torchrun has ended the processes that would only repeat what rank 0 said.
+SECONDS_BEFORE_OTHER_RANKS_SPEAK = 5
+
+
+class SetKey(argparse.Action):
+    """A flag that sets one key of the configuration: to its argument, or to `const` if it takes none."""
+
+    def __init__(self, option_strings: list[str], dest: str, key: str, help: str, const: object = None, **kwargs):
+        nargs = None if const is None else 0
+        help = f"{help} [{key}]"
+        super().__init__(option_strings, dest, nargs, const, default=argparse.SUPPRESS, help=help, **kwargs)
+        self.key = key
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        value = values if self.const is None else self.const
+        namespace.flags = [*namespace.flags, Override(self.key, value, option_string)]
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}. `python main.py --help` lists all flags, with examples.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. Flags that set keys leave an `Override` each in `flags`, in the order they were typed."""
+    parser = Parser(
+        prog="main.py",
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(flags=[])
+
+    group = parser.add_argument_group("configuration")
+    group.add_argument("--cfg", metavar="FILE", help="recipe in YAML, such as configs/swin_tiny.yaml (required)")
+    group.add_argument(
+        "--opts", metavar="KEY VALUE", nargs="+", action="extend", default=[],
+        help="any keys of config.py, such as --opts TRAIN.EPOCHS 100 AUG.MIXUP 0",
+    )  # fmt: skip
+
+    def flag(*names: str, key: str, **kwargs) -> None:
+        group.add_argument(*names, action=SetKey, key=key, **kwargs)
+
+    group = parser.add_argument_group("what to do (training, if none of these is given)")
+    flag("--eval", key="EVAL_MODE", const=True, help="evaluate the weights given by --resume or --pretrained")
+    flag("--throughput", key="THROUGHPUT_MODE", const=True, help="measure images/s; needs no data")
+
+    group = parser.add_argument_group("data")
+    flag("--data-path", metavar="DIR", key="DATA.DATA_PATH", help="folder of the data set")
+    flag("--zip", key="DATA.ZIP_MODE", const=True, help="read train.zip and val.zip with their map files")
+    flag("--cache-mode", metavar="MODE", key="DATA.CACHE_MODE", help="of the zip files: no, part or full")
+    flag("--batch-size", metavar="N", key="DATA.BATCH_SIZE", help="images per process and micro-batch")
+
+    group = parser.add_argument_group("weights")
+    flag("--pretrained", metavar="FILE", key="MODEL.PRETRAINED", help="start a new run from these weights")
+    flag("--resume", metavar="FILE", key="MODEL.RESUME", help="continue the run that saved this checkpoint")
+
+    group = parser.add_argument_group("training")
+    flag("--accumulation-steps", metavar="N", key="TRAIN.ACCUMULATION_STEPS", help="micro-batches for one update")
+    flag("--use-checkpoint", key="TRAIN.USE_CHECKPOINT", const=True, help="recompute activations: less memory, slower")
+    flag("--disable_amp", "--disable-amp", key="AMP_ENABLE", const=False, help="no mixed precision: sets False")
+    flag("--optim", metavar="NAME", key="TRAIN.OPTIMIZER.NAME", help="adamw or sgd")
+
+    group = parser.add_argument_group("the run's folder, OUTPUT/MODEL.NAME/TAG")
+    flag("--output", metavar="DIR", key="OUTPUT", help="folder of all runs")
+    flag("--tag", metavar="NAME", key="TAG", help="name of this run beside others of the same model")
+    group.add_argument(
+        "--accept-changes", action="store_true",
+        help="continue in a folder although the configuration differs from that of its run (sets no key)",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("accepted for old command lines")
+    flag("--local_rank", "--local-rank", metavar="N", key="LOCAL_RANK", help="no effect: torchrun tells it otherwise")
+    flag("--amp-opt-level", metavar="LEVEL", key="AMP_OPT_LEVEL", help="of Apex: O0 is --disable_amp, others nothing")
+    flag("--fused_window_process", key="FUSED_WINDOW_PROCESS", const=True, help="no effect: see MODEL.ATTN")
+    flag("--fused_layernorm", key="FUSED_LAYERNORM", const=True, help="no effect: PyTorch's own LayerNorm is used")
+    return parser
+
+
+def parse_command_line(argv: Sequence[str]) -> tuple[CfgNode, argparse.Namespace]:
+    """The frozen configuration, and the arguments that are no keys of it (`cfg`, `accept_changes`).
+
+    Raises:
+        UserError: unknown or incomplete flag, --resume beside --pretrained, or anything `config.get_config` refuses.
+    """
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse_argument(unknown[0], parser)
+    if not args.cfg:
+        raise UserError("--cfg FILE is missing: name a recipe, such as --cfg configs/swin_tiny.yaml (see --help).")
+    given = {override.key: override for override in [*args.flags, *pair_up(args.opts)]}
+    pretrained, resume = given.get("MODEL.PRETRAINED"), given.get("MODEL.RESUME")
+    if pretrained and pretrained.value and resume and resume.value:
+        raise UserError(
+            f"{resume.origin} MODEL.RESUME continues a run and {pretrained.origin} MODEL.PRETRAINED starts a new one: "
+            "give one of --resume and --pretrained."
+        )
+    flags = list(args.flags)
+    if pretrained and pretrained.value and not resume:
+        # A checkpoint named in the file (as in the saved config of a resumed run) would win over the weights asked for.
+        flags.append(Override("MODEL.RESUME", "", pretrained.origin))
+    return get_config(args.cfg, args.opts, flags), args
+
+
+def run(config: CfgNode, accept_changes: bool) -> None:
+    """Joins the other processes of the run and does what the configuration asks for."""
+    import torch
+
+    import modes
+    from utils import logger
+    from utils.dist import process_group
+
+    try:
+        with process_group() as process:
+            logger.set_up(process.rank)
+            if config.THROUGHPUT_MODE:
+                modes.throughput(config, process)
+            elif config.EVAL_MODE:
+                modes.evaluate(config, process)
+            else:
+                modes.train(config, process, accept_changes)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory: {str(error).splitlines()[0]} Ways out: a smaller --batch-size with as many "
+            "--accumulation-steps more (the same global batch), or --use-checkpoint"
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (sys.argv by default) and returns the exit code, one of those in utils/errors.py."""
+    if _rank() != "0":
+        logging.getLogger().addHandler(logging.NullHandler())  # what there is to warn about, rank 0 says
+    try:
+        config, args = parse_command_line(sys.argv[1:] if argv is None else argv)
+        run(config, args.accept_changes)
+        return 0
+    except UserError as error:
+        if _rank() != "0":
+            time.sleep(SECONDS_BEFORE_OTHER_RANKS_SPEAK)
+        print(f"error{'' if _rank() == '0' else f' (rank {_rank()})'}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if _rank() == "0":
+            print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
+
+
+def _refuse_argument(argument: str, parser: argparse.ArgumentParser) -> None:
+    name = argument.partition("=")[0]
+    if not name.startswith("-"):
+        raise UserError(f"{argument!r} belongs to no flag. Keys are set by --opts KEY VALUE (see --help).")
+    known = [option for option in parser._option_string_actions if option.startswith("--")]
+    guess = nearest(name, known)
+    raise UserError(f"there is no flag {name}. " + (f"Did you mean {guess}?" if guess else "--help lists all flags."))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""What a run leaves to look at, before and after it was interrupted; and the folder it lies in."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils.errors import UserError
+from utils.pictures import caption_of, captioned_grid
+from utils.records import Records
+from utils.run_folder import RunFolder
+
+
+def records(folder: Path, update: int = 0) -> Records:
+    return Records(folder, folder / "tensorboard", update, samples=update * 10)
+
+
+def test_resumed_run_leaves_no_doubled_points(tmp_path: Path):
+    first = records(tmp_path)
+    for update in range(1, 9):
+        first.add("train", update, update * 10, {"loss": float(update)})
+        if update % 4 == 0:
+            first.add("epoch", update, update * 10, {"epoch": update // 4, "acc1": float(update)})
+    first.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "upd')  # killed in the middle of a line
+
+    second = records(tmp_path, update=5)  # back to the checkpoint of update 5
+    for update in range(6, 9):
+        second.add("train", update, update * 10, {"loss": -float(update)})
+    second.add("epoch", 8, 80, {"epoch": 2, "acc1": 88.0})
+    second.close()
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert losses == [1, 2, 3, 4, 5, -6, -7, -8]
+    rows = list(csv.DictReader(open(tmp_path / "summary.csv")))
+    assert [(row["epoch"], row["acc1"]) for row in rows] == [("1", "4.0"), ("2", "88.0")]
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in shown.Scalars("train/loss")] == [(u, u if u < 6 else -u) for u in range(1, 9)]
+    assert [(e.step, e.value) for e in shown.Scalars("epoch/acc1")] == [(4, 4.0), (8, 88.0)]
+
+
+def test_figures_that_are_not_finite_are_null_in_json(tmp_path: Path):
+    written = records(tmp_path)
+    written.add("train", 1, 10, {"loss": float("nan"), "lr": 0.1})
+    written.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+def test_second_live_run_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path):
+    code = (
+        "import sys, pathlib; from utils.run_folder import RunFolder\n"
+        f"RunFolder(pathlib.Path({str(tmp_path / 'run')!r})).claim(); print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"another run is live.*process {holder.pid} on .*--tag"):
+        RunFolder(tmp_path / "run").claim()
+    holder.kill()
+    holder.communicate()
+    RunFolder(tmp_path / "run").claim()
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written.*--output"):
+        RunFolder(tmp_path / "file" / "run").claim()
+
+
+def test_every_start_is_noted(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    folder.note_start({"processes": 2})
+    folder.note_start({"processes": 4})
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [start["processes"] for start in starts] == [2, 4]
+    assert starts[0]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert os.path.basename(sys.argv[0]) in starts[0]["command"]
+
+
+def test_captions_name_what_was_mixed():
+    names = ["ant", "bee", "cow"]
+    assert caption_of(torch.tensor(1), names) == "bee"
+    assert caption_of(torch.tensor([0.03, 0.94, 0.03]), names) == "bee"
+    assert caption_of(torch.tensor([0.33, 0.0, 0.67]), names) == "cow:0.7 ant:0.3"
+    assert caption_of(torch.tensor(2), None) == "2"
+
+
+def test_grid_holds_every_image():
+    picture = captioned_grid(torch.rand(5, 3, 10, 10), ["a"] * 5, columns=2, tile=40)
+    assert picture.shape == (3, 3 * 52, 80) and picture.dtype == torch.uint8

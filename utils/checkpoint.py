@@ -1,0 +1,215 @@
+"""Checkpoint files: written whole or not at all, read without executing anything that is in them.
+
+A checkpoint is a dict of plain values and tensors; `docs/FORMATS.md` lists its entries. Files written by the original
+Swin code are read too: they contain a pickled yacs config, which becomes a plain dict.
+"""
+
+import hashlib
+import logging
+import pickletools
+import re
+import urllib.error
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+
+from utils.errors import TrainingDiverged, UserError
+from utils.files import TEMPORARY, link_atomically, write_atomically
+
+log = logging.getLogger(__name__)
+
+# Classes that training programs pickle beside their weights. They are read as a dict: their code is never run, and
+# the unpickler accepts this one type of mapping.
+_READ_AS_DICT = [(OrderedDict, "yacs.config.CfgNode"), (OrderedDict, "argparse.Namespace")]
+_HARMLESS_GLOBAL = re.compile(r"(collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\.\w*Storage|torch\.Size)$")
+
+
+def read_checkpoint(source: str, progress: bool = False) -> dict:
+    """The contents of a checkpoint, on the CPU.
+
+    Args:
+        source: a path or an http(s) URL, with `#sha256=HEX` behind it where the contents are to be verified.
+        progress: show the download.
+
+    Raises:
+        UserError: missing, damaged, not a checkpoint, a wrong digest, or a pickle that names code to run.
+    """
+    path = fetch(source, progress)
+    try:
+        with torch.serialization.safe_globals(_READ_AS_DICT):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make the unpickler raise almost anything; none of it gets further
+        raise UserError(_why_unreadable(path, error)) from error
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: not a checkpoint: it holds a {type(contents).__name__}, not a dict of weights")
+    return contents
+
+
+def weights_in(contents: dict, source: str) -> dict[str, torch.Tensor]:
+    """The state dict in a checkpoint: under `model` or `state_dict`, or the file as a whole.
+
+    Raises:
+        UserError: there is none.
+    """
+    weights = contents.get("model", contents.get("state_dict", contents))
+    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"{source}: no weights found; its entries are {', '.join(map(str, list(contents)[:8]))}")
+    return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+
+
+def fetch(source: str, progress: bool = False) -> Path:
+    """The local path of `source`, downloaded into torch's hub folder where it is a URL, and verified if it says how."""
+    location, _, digest = source.partition("#sha256=")
+    if re.match(r"https?://", location):
+        path = Path(torch.hub.get_dir()) / "checkpoints" / location.rsplit("/", 1)[-1].split("?")[0]
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            log.info("downloading %s to %s", location, path)
+            try:
+                torch.hub.download_url_to_file(location, str(path), progress=progress)
+            except (urllib.error.URLError, OSError, ValueError) as error:
+                raise UserError(
+                    f"{location}: download failed ({error}). Bring the file here by other means and give its path"
+                ) from error
+    else:
+        path = Path(location)
+        if not path.is_file():
+            raise UserError(f"{location}: no such file. Give the path or the URL of a checkpoint")
+    if digest:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != digest.lower():
+            raise UserError(f"{path}: SHA-256 is {found}, not {digest} as asked for. Delete it to download it again")
+    return path
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    code = [name for name in _globals_in_pickle(path) if not _HARMLESS_GLOBAL.match(name)]
+    known = {name for _, name in _READ_AS_DICT}
+    code = [name for name in code if name not in known]
+    if code:
+        return (
+            f"{path}: refused, nothing in it was run. Its pickle refers to {', '.join(code[:8])}, which is code, not "
+            "weights. If you trust its origin, save its state_dict alone with a program that reads it"
+        )
+    first_line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    if path.stat().st_size == 0:
+        first_line = "it is empty"
+    elif "Weights only load failed" in first_line:
+        first_line = "its pickle is not one that weights are saved in"
+    return f"{path}: not a readable checkpoint: {first_line}. It may be truncated or damaged; take another copy"
+
+
+def _globals_in_pickle(path: Path) -> list[str]:
+    """Names of modules' members that the file's pickle refers to, found by reading its opcodes without running them."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                pickled = [archive.read(name)]
+        else:
+            pickled = _pickles_one_after_another(path.read_bytes())
+        names: dict[str, None] = {}
+        for data in pickled:
+            strings: list[str] = []
+            for opcode, argument, _ in pickletools.genops(data):
+                if opcode.name in ("GLOBAL", "INST"):
+                    names[str(argument).replace(" ", ".")] = None
+                elif opcode.name == "STACK_GLOBAL":
+                    names[".".join(strings[-2:])] = None
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    except (ValueError, LookupError, StopIteration, OSError, EOFError, RuntimeError, zipfile.BadZipFile):
+        return []  # not a pickle at all, or a damaged one: the caller says so
+    return list(names)
+
+
+def _pickles_one_after_another(data: bytes) -> list[bytes]:
+    """Files from before torch 1.6 are several pickles in a row: magic number, version, system, contents, keys."""
+    pickles: list[bytes] = []
+    start = 0
+    while len(pickles) < 5 and start < len(data) and data[start] == 0x80:
+        end = start
+        for _, _, position in pickletools.genops(data[start:]):
+            end = start + position + 1
+        pickles.append(data[start:end])
+        start = end
+    return pickles or [data]
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: `last.pth`, `best.pth` and `epoch_NNNN.pth`.
+
+    Only the process that holds the run's lock may write. `last.pth` is written; the other two are further names of the
+    same file, so that an epoch costs one write.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        """`keep` is how many numbered checkpoints stay; 0 keeps all."""
+        self.folder = folder
+        self.keep = keep
+        self.last = folder / "last.pth"
+        self.best = folder / "best.pth"
+
+    def prepare(self) -> None:
+        """Makes the folder and removes what a killed process left half-written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f".*{TEMPORARY}"):
+            leftover.unlink()
+
+    def save(self, contents: dict, epoch: int | None = None, best: bool = False) -> None:
+        """Writes `last.pth`, and names it `epoch_NNNN.pth` and `best.pth` too where asked.
+
+        Raises:
+            TrainingDiverged: a tensor in `contents` is not finite; nothing was written.
+            UserError: the disk is full or not writable; the earlier checkpoints are unharmed.
+        """
+        _require_finite(contents)
+        try:
+            write_atomically(self.last, lambda file: torch.save(contents, file))
+            if epoch is not None:
+                link_atomically(self.last, self.folder / f"epoch_{epoch:04d}.pth")
+            if best:
+                link_atomically(self.last, self.best)
+            if self.keep:
+                for old in self.numbered()[self.keep :]:
+                    old.unlink()
+        except (OSError, RuntimeError) as error:  # torch.save wraps a write error in a RuntimeError
+            raise UserError(
+                f"{self.last}: could not be written ({error}). Earlier checkpoints are unharmed; make room or give "
+                "another --output, and start again"
+            ) from error
+
+    def numbered(self) -> list[Path]:
+        """The numbered checkpoints, newest epoch first."""
+        found = self.folder.glob("epoch_*.pth")
+        return sorted((p for p in found if re.fullmatch(r"epoch_\d+", p.stem)), key=lambda p: -int(p.stem[6:]))
+
+    def newest(self) -> tuple[Path, dict] | None:
+        """The newest checkpoint that can be read, with its contents, or None in a folder without checkpoints.
+
+        Raises:
+            UserError: there are checkpoints, and none of them can be read.
+        """
+        candidates = [path for path in (self.last, *self.numbered()) if path.exists()]
+        for path in candidates:
+            try:
+                return path, read_checkpoint(str(path))
+            except UserError as error:
+                log.warning("%s — trying the one before it", error)
+        if candidates:
+            raise UserError(f"{self.folder}: none of its checkpoints can be read. Start anew with another --tag")
+        return None
+
+
+def _require_finite(contents: object, where: str = "") -> None:
+    if isinstance(contents, torch.Tensor):
+        if contents.is_floating_point() and not contents.isfinite().all():
+            raise TrainingDiverged(f"{where.lstrip('.')} is not finite: not saved. The last good checkpoint stays")
+    elif isinstance(contents, dict):
+        for key, value in contents.items():
+            _require_finite(value, f"{where}.{key}")
+    elif isinstance(contents, list | tuple):
+        for index, value in enumerate(contents):
+            _require_finite(value, f"{where}.{index}")
