@@ -33,12 +33,6 @@ class TrainState:
     skipped_in_a_row: int = 0
     epoch_sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TRAIN_SUMS, 0.0))
 
-    def take_sums(self, sums: Sums) -> dict[str, float]:
-        """Reads the sums since they were last read, and adds them to those of the epoch. A collective call."""
-        taken = sums.take()
-        self.epoch_sums = {name: self.epoch_sums[name] + taken[name] for name in taken}
-        return taken
-
     def end_epoch(self) -> float:
         """The mean training loss of the epoch that is over; the next one begins."""
         loss = self.epoch_sums["loss"] / max(1.0, self.epoch_sums["finite"])
@@ -109,27 +103,55 @@ class Learner:
         return torch.autocast(self.device.type, self.amp_dtype or torch.bfloat16, enabled=self.amp_dtype is not None)
 
 
-class _Health:
-    """Counts skipped updates on the device, so that looking after them costs no synchronisation."""
+class Account:
+    """Keeps count of the updates on the device, so that nothing waits for it until somebody settles the account."""
 
     def __init__(self, learner: Learner, state: TrainState):
-        self.counts = torch.tensor([state.skipped, state.skipped_in_a_row, 0], device=learner.device)
-        self.limit = learner.max_bad_steps
-        # Reading a GPU's counter waits for it: often enough to stop in time, and no more.
-        self.every = 1 if learner.device.type == "cpu" else self.limit
+        self._state = state
+        self._sums = Sums(TRAIN_SUMS, learner.device)
+        self._skipped = torch.tensor([state.skipped, state.skipped_in_a_row, 0], device=learner.device)
+        self._limit = learner.max_bad_steps
+        # Looking at a GPU's counter waits for it: often enough to stop in time, and no more.
+        self._every = 1 if learner.device.type == "cpu" else self._limit
 
-    def note(self, finite: torch.Tensor) -> None:
-        total, streak, worst = self.counts.unbind()
+    def note(self, update: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Counts update number `update`, whose gradient norm tells on every process alike whether it was finite."""
+        finite = norm.isfinite()
+        zero = torch.zeros_like(loss)
+        self._sums.add(
+            {
+                "updates": torch.ones_like(loss),
+                "finite": finite,
+                "loss": torch.where(finite, loss, zero),
+                "grad_norm": torch.where(finite, norm, zero),
+            }
+        )
+        total, in_a_row, longest = self._skipped.unbind()
         bad = (~finite).to(total.dtype)
-        streak = (streak + 1) * bad
-        self.counts = torch.stack([total + bad, streak, torch.maximum(worst, streak)])
+        in_a_row = (in_a_row + 1) * bad
+        self._skipped = torch.stack([total + bad, in_a_row, torch.maximum(longest, in_a_row)])
+        if (update + 1) % self._every == 0:
+            self._look_at_skipped()
 
-    def read(self, state: TrainState) -> None:
-        state.skipped, state.skipped_in_a_row, worst = self.counts.tolist()
-        if worst >= self.limit:
+    def settle(self) -> dict[str, float]:
+        """Brings the state up to date; returns the sums since the last time. A collective call.
+
+        Mean values are `loss / finite` and `grad_norm / finite`.
+
+        Raises:
+            TrainingDiverged: too many updates in a row were skipped.
+        """
+        self._look_at_skipped()
+        taken = self._sums.take()
+        self._state.epoch_sums = {name: self._state.epoch_sums[name] + taken[name] for name in taken}
+        return taken
+
+    def _look_at_skipped(self) -> None:
+        self._state.skipped, self._state.skipped_in_a_row, longest = self._skipped.tolist()
+        if longest >= self._limit:
             raise TrainingDiverged(
-                f"loss or gradients were not finite in {worst} updates in a row (TRAIN.MAX_BAD_STEPS {self.limit}), "
-                f"up to {state.samples:,} images; none of these updates was applied. "
+                f"loss or gradients were not finite in {longest} updates in a row (TRAIN.MAX_BAD_STEPS {self._limit}), "
+                f"up to {self._state.samples:,} images; none of these updates was applied. "
                 "Ways out: a lower TRAIN.BASE_LR, AMP_DTYPE bfloat16 or float32, TRAIN.CLIP_GRAD above 0"
             )
 
@@ -140,47 +162,32 @@ def train(
     state: TrainState,
     learning_rate: Callable[[int], float],
     global_batch: int,
-) -> Iterator[Sums]:
+) -> Iterator[Account]:
     """Trains on `batches` to their end, and gives control back after each update.
 
     Args:
         batches: micro-batches on the device, beginning at `state.samples`; each has its stream `position`.
-        state: moved on by `global_batch` images at each update.
+        state: its clock moves on by `global_batch` images at each update; the rest when the account is settled.
         learning_rate: of an update's number, counted from 0.
         global_batch: images per update, over all processes.
 
     Yields:
-        The sums since they were last taken; mean values are `loss / finite` and `grad_norm / finite`.
+        The account of the updates so far, to be settled before the state is looked at or saved.
 
     Raises:
         TrainingDiverged: `learner.max_bad_steps` updates in a row were not finite.
     """
-    sums = Sums(TRAIN_SUMS, learner.device)
-    health = _Health(learner, state)
-    learner.objective.train()
+    account = Account(learner, state)
     batches = iter(batches)
     for first in batches:
+        learner.objective.train()  # whoever evaluated in between may have left it in evaluation mode
         number = state.samples // global_batch
         for group in learner.optimizer.param_groups:
             group["lr"] = learning_rate(number) * group["lr_scale"]
         loss, norm = _update(learner, first, batches)
         state.samples += global_batch
-        finite = norm.isfinite()  # the same on every process, also when only one of them had a bad loss
-        health.note(finite)
-        zero = torch.zeros_like(loss)
-        sums.add(
-            {
-                "updates": torch.ones_like(loss),
-                "finite": finite,
-                "loss": torch.where(finite, loss, zero),
-                "grad_norm": torch.where(finite, norm, zero),
-            }
-        )
-        if (number + 1) % health.every == 0:
-            health.read(state)
-        yield sums
-        learner.objective.train()  # whoever evaluated in between may have left it in evaluation mode
-    health.read(state)
+        account.note(number, loss, norm)
+        yield account
 
 
 def _update(learner: Learner, first: Batch, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:

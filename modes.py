@@ -5,6 +5,7 @@ in the order in which things happen, and knows nothing of the command line.
 import itertools
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from yacs.config import CfgNode
 import engine
 from config import differences, dump, get_config
 from data.build import TrainBatches, build_datasets, val_batches
+from data.loader import worker_death_named
 from engine import Learner, TrainState
 from lr_scheduler import build_schedule
 from models import build_model
@@ -51,9 +53,14 @@ def train(config: CfgNode, process: Process, accept_changes: bool = False) -> No
     # The folder first: whether this run may write there is known before anything slow happens.
     folder = RunFolder(Path(config.OUTPUT, config.MODEL.NAME, config.TAG))
     checkpoints = CheckpointFolder(folder.checkpoints, config.SAVE_KEEP)
-    if process.is_main:
-        open_run_folder(folder, checkpoints, config, process, accept_changes)
+    with folder.claim() if process.is_main else nullcontext():
+        if process.is_main:
+            open_run_folder(folder, checkpoints, config, process, accept_changes)
+        train_in(folder, checkpoints, config, process)
 
+
+def train_in(folder: RunFolder, checkpoints: CheckpointFolder, config: CfgNode, process: Process) -> None:
+    """`train`, in a folder that is this run's own."""
     # Data, and with them the number of classes and the length of everything.
     data = build_datasets(config, process)
     epoch_samples = len(data.train)
@@ -80,27 +87,28 @@ def train(config: CfgNode, process: Process, accept_changes: bool = False) -> No
             stream = show_first_batch(reporter.records, config, stream, data.class_names)
 
     try:
-        for sums in engine.train(learner, stream, state, schedule.at, global_batch):
-            update, epoch = state.samples // global_batch, min(state.samples // epoch_samples, config.TRAIN.EPOCHS)
-            epoch_ended = epoch > (state.samples - global_batch) // epoch_samples
-            save_asked = config.SAVE_STEPS > 0 and update % config.SAVE_STEPS == 0
-            if epoch_ended or save_asked or update % config.PRINT_FREQ == 0:
-                taken = state.take_sums(sums)
-                if reporter:
-                    settings = {"lr": schedule.at(update - 1)} | optimizer_settings(config, learner)
-                    reporter.updates(update, state.samples, batches.wait_seconds, taken, settings)
-            improved = False
-            if epoch_ended:
-                figures = {"train_loss": state.end_epoch()} | evaluate_all(learner, val)
-                improved = state.improve(max(figures["acc1"], figures.get("ema_acc1", 0.0)))
-                if reporter:
-                    figures |= {"lr": schedule.at(update - 1), "skipped": state.skipped, "best": state.best}
-                    reporter.epoch(epoch, update, state.samples, figures)
-            if reporter and (epoch_ended or save_asked):
-                numbered = epoch_ended and (epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS)
-                contents = checkpoint_contents(config, learner, state, data.class_names)
-                checkpoints.save(contents, epoch=epoch if numbered else None, best=improved)
-                reporter.resume_clock(state.samples, batches.wait_seconds)
+        with worker_death_named(config.DATA.NUM_WORKERS):
+            for account in engine.train(learner, stream, state, schedule.at, global_batch):
+                update, epoch = state.samples // global_batch, min(state.samples // epoch_samples, config.TRAIN.EPOCHS)
+                epoch_ended = epoch > (state.samples - global_batch) // epoch_samples
+                save_asked = config.SAVE_STEPS > 0 and update % config.SAVE_STEPS == 0
+                if epoch_ended or save_asked or update % config.PRINT_FREQ == 0:
+                    taken = account.settle()
+                    if reporter:
+                        settings = {"lr": schedule.at(update - 1)} | optimizer_settings(config, learner)
+                        reporter.updates(update, state.samples, batches.wait_seconds, taken, settings)
+                improved = False
+                if epoch_ended:
+                    figures = {"train_loss": state.end_epoch()} | evaluate_all(learner, val)
+                    improved = state.improve(max(figures["acc1"], figures.get("ema_acc1", 0.0)))
+                    if reporter:
+                        figures |= {"lr": schedule.at(update - 1), "skipped": state.skipped, "best": state.best}
+                        reporter.epoch(epoch, update, state.samples, figures)
+                if reporter and (epoch_ended or save_asked):
+                    numbered = epoch_ended and (epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS)
+                    contents = checkpoint_contents(config, learner, state, data.class_names)
+                    checkpoints.save(contents, epoch=epoch if numbered else None, best=improved)
+                    reporter.resume_clock(state.samples, batches.wait_seconds)
     except TrainingDiverged as error:
         last = f"The last good checkpoint is {checkpoints.last}" if checkpoints.last.exists() else "None was saved yet"
         raise TrainingDiverged(f"{error}. {last}") from error
@@ -113,11 +121,11 @@ def train(config: CfgNode, process: Process, accept_changes: bool = False) -> No
 def open_run_folder(
     folder: RunFolder, checkpoints: CheckpointFolder, config: CfgNode, process: Process, accept_changes: bool
 ) -> None:
-    """Claims the folder for this process and makes sure that what is in it belongs to the same configuration."""
-    folder.claim()
+    """Makes sure that what is in the folder belongs to the same configuration, and notes this start in it."""
     logger.add_file(folder.log_file)
     checkpoints.prepare()
-    if folder.config_file.exists():
+    # A start that failed before its first checkpoint leaves nothing to mix up with.
+    if folder.config_file.exists() and checkpoints.last.exists():
         changed = differences(get_config(str(folder.config_file)), config)
         lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, old, new in changed)
         if changed and not accept_changes:
@@ -211,7 +219,7 @@ def prepare_for_speed(config: CfgNode, process: Process, learner: Learner) -> No
     if process.world_size > 1:
         device_ids = [process.device.index] if process.device.type == "cuda" else None
         learner.objective = DistributedDataParallel(
-            learner.objective, device_ids=device_ids, gradient_as_bucket_view=True
+            learner.objective, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
         )
 
 
@@ -301,15 +309,19 @@ def load_pretrained(
     """Loads weights into `model`, says what became of each, and returns all that the file holds."""
     with first_on_node(process):
         contents = read_checkpoint(source, progress=process.is_main)
-    report = load_weights(model, weights_in(contents, source))
-    log.info("weights from %s\n%s", source, report.table())
+    weights, theirs = weights_in(contents, source), contents.get("class_names")
     if evaluating:
-        refuse_other_classes(source, contents.get("class_names"), class_names)
-        if report.initialised:
-            raise UserError(
-                f"{source}: has no weights for {', '.join(report.initialised)}: there is nothing to evaluate. Train "
-                "them first (--pretrained without --eval), or evaluate on the data these weights were made for"
-            )
+        refuse_other_classes(source, theirs, class_names)
+    elif theirs and class_names and theirs != class_names:
+        # As many classes, perhaps, but not the same: the head would mean nothing.
+        weights = {name: value for name, value in weights.items() if not name.startswith("head.")}
+    report = load_weights(model, weights, class_names)
+    log.info("weights from %s\n%s", source, report.table())
+    if evaluating and report.initialised:
+        raise UserError(
+            f"{source}: has no weights for {', '.join(report.initialised)}: there is nothing to evaluate. Train "
+            "them first (--pretrained without --eval), or evaluate on the data these weights were made for"
+        )
     return contents
 
 

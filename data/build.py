@@ -15,7 +15,7 @@ from data import datasets
 from data.checks import check_imagenet_order, check_num_classes, check_same_classes
 from data.datasets import Images
 from data.demo import write_demo
-from data.loader import BadImageCount, EvalSamples, TrainSamples, make_loader, worker_death_named
+from data.loader import BadImageCount, EvalSamples, TrainSamples, make_loader, started, worker_death_named
 from data.mixing import Mixer
 from data.sampler import StreamSampler, eval_indices
 from data.transforms import eval_transform, train_transform
@@ -125,20 +125,20 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor | int]]:
         """Raises UserError when a worker dies or images are bad beyond DATA.MAX_BAD_IMAGES."""
-        batches = iter(self._loader)
-        for position in self._sampler.positions:
-            started = time.perf_counter()
-            with worker_death_named(self._num_workers):
-                batch = next(batches)
-            self.wait_seconds += time.perf_counter() - started
-            self._bad.add(batch["bad"])
-            if len(batch["target"]) < self._batch_size:
-                raise UserError("DATA.DATA_PATH: not one of the training images can be read.")
-            image = batch["image"].to(self._device, non_blocking=True)
-            target = batch["target"].to(self._device, non_blocking=True)
-            if self._mixer is not None:
-                image, target = self._mixer(image, target, position)
-            yield {"image": image, "target": target, "position": position}
+        with started(self._loader) as batches:
+            for position in self._sampler.positions:
+                asked = time.perf_counter()
+                with worker_death_named(self._num_workers):
+                    batch = next(batches)
+                self.wait_seconds += time.perf_counter() - asked
+                self._bad.add(batch["bad"])
+                if len(batch["target"]) < self._batch_size:
+                    raise UserError("DATA.DATA_PATH: not one of the training images can be read.")
+                image = batch["image"].to(self._device, non_blocking=True)
+                target = batch["target"].to(self._device, non_blocking=True)
+                if self._mixer is not None:
+                    image, target = self._mixer(image, target, position)
+                yield {"image": image, "target": target, "position": position}
 
 
 class ValBatches:
@@ -172,15 +172,15 @@ class ValBatches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Raises UserError when a worker dies or images are bad beyond DATA.MAX_BAD_IMAGES."""
-        batches = iter(self._loader)
-        for _ in range(len(self._loader)):
-            with worker_death_named(self._num_workers):
-                batch = next(batches)
-            self._bad.add(batch["bad"])
-            if batch["image"] is None:
-                continue
-            image = batch["image"].to(self._device, non_blocking=True)
-            yield {"image": image, "target": batch["target"].to(self._device, non_blocking=True)}
+        with started(self._loader) as batches:
+            for _ in range(len(self._loader)):
+                with worker_death_named(self._num_workers):
+                    batch = next(batches)
+                self._bad.add(batch["bad"])
+                if batch["image"] is None:
+                    continue
+                image = batch["image"].to(self._device, non_blocking=True)
+                yield {"image": image, "target": batch["target"].to(self._device, non_blocking=True)}
 
 
 def val_batches(config: CfgNode, data: Data, process: Process) -> ValBatches:

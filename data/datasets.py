@@ -155,7 +155,9 @@ def open_timm(name: str, root: Path, is_training: bool) -> TimmImages:
     except ModuleNotFoundError as error:
         raise UserError(f"DATA.DATASET {name!r} needs a package that is missing: pip install {error.name}") from None
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"DATA.DATASET {name!r} cannot be opened in {root}: {error}") from error
+        raise UserError(
+            f"DATA.DATASET {name!r} cannot be opened in {root}: {error}. Check the name, the folder and the network."
+        ) from error
     # torchvision's folder-like sets decode by `loader`, which clips 16-bit images; ours decodes what is read here.
     if hasattr(dataset, "loader"):
         dataset.loader = read_file

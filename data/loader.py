@@ -139,6 +139,21 @@ def make_loader(samples: Dataset, keys: Iterable[list], num_workers: int, pin_me
     )
 
 
+@contextmanager
+def started(loader: DataLoader) -> Iterator[Iterator[dict]]:
+    """`iter(loader)`, whose workers are stopped when the block is left, whichever way.
+
+    Without this an iterator that an exception's traceback keeps alive may be left to the garbage collector, which
+    closes its queues before telling the workers to stop: torch then waits five seconds for each of them.
+    """
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()  # torch has no public name for it
+
+
 def _start_worker(worker: int) -> None:
     """Ctrl-C goes to the whole process group; the main process alone answers it. (DataLoader sets one torch thread.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

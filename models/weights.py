@@ -103,7 +103,7 @@ def imagenet_22k_rows(class_names: Sequence[str]) -> list[int] | None:
     rows are one later from rank 9,211 on, two later from rank 15,730 on, and n04399382, which timm's list lacks, is
     row 5,564.
     """
-    if set(class_names) != set(ImageNetInfo("imagenet-1k").label_names()):
+    if sorted(class_names) != sorted(ImageNetInfo("imagenet-1k").label_names()):
         return None
     ranks = {synset: rank for rank, synset in enumerate(sorted(ImageNetInfo("imagenet-22k").label_names()))}
     rows = {synset: rank + (rank >= 9211) + (rank >= 15730) for synset, rank in ranks.items()}

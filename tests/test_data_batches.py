@@ -2,9 +2,11 @@
 
 import hashlib
 import logging
+import multiprocessing
 import os
 import random
 import signal
+import time
 import zipfile
 
 import numpy as np
@@ -226,6 +228,25 @@ def test_killed_worker_is_named():
     for batches in (TrainBatches(config, found, process(), 0, 8), val_batches(config, found, process())):
         with pytest.raises(UserError, match=r"DataLoader worker.*DATA.NUM_WORKERS \(\d\).*--opts DATA.NUM_WORKERS"):
             list(batches)
+
+
+@pytest.mark.parametrize("way", ["bad image", "left early", "to the end"])
+def test_workers_are_gone_at_once_however_the_loop_ends(tmp_path, way):
+    root = spoil(tmp_path, *["train/ant/000.jpg"] * (way == "bad image"))
+    batches = iter(train(root, 0, 28, "DATA.NUM_WORKERS", 2))
+    started = time.perf_counter()
+    kept = None  # as a traceback keeps the frames of those who were iterating
+    if way == "bad image":
+        with pytest.raises(UserError) as kept:
+            list(batches)
+    elif way == "left early":
+        next(batches)
+        assert len(multiprocessing.active_children()) == 2
+        batches.close()
+    else:
+        list(batches)
+    assert multiprocessing.active_children() == [] and time.perf_counter() - started < 4
+    assert (kept is not None) == (way == "bad image")
 
 
 def test_other_errors_are_not_taken_for_a_dead_worker():

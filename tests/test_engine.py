@@ -52,8 +52,8 @@ def make_batches(count: int, start: int = 0, bad: tuple[int, ...] = (), size: in
 def run(learner: Learner, batches: list[dict], state: TrainState | None = None, lr=lambda update: 0.01) -> TrainState:
     state = state or TrainState()
     global_batch = BATCH * learner.accumulation
-    for sums in train(learner, batches, state, lr, global_batch):
-        state.take_sums(sums)
+    for account in train(learner, batches, state, lr, global_batch):
+        account.settle()
     return state
 
 
@@ -99,9 +99,9 @@ def test_accumulation_equals_one_large_batch():
 def test_update_that_is_not_finite_is_skipped_and_counted(optimizer: str, amp_dtype: torch.dtype | None):
     learner = make_learner(optimizer, amp_dtype, clip_grad=5.0, accumulation=2)
     state, history = TrainState(), []
-    for sums in train(learner, make_batches(12, bad=(5,)), state, lambda update: 0.1, 2 * BATCH):
+    for account in train(learner, make_batches(12, bad=(5,)), state, lambda update: 0.1, 2 * BATCH):
         history.append(weights(learner))
-        taken = sums.take()
+        taken = account.settle()
         assert taken["finite"] == (0 if len(history) == 3 else 1)
         assert math.isfinite(taken["loss"])
     unchanged = [torch.equal(a, b) for a, b in zip(history, history[1:], strict=False)]

@@ -1,4 +1,4 @@
-"""Swin V1 on images of any size: against a network computed token by token, with no window formed and nothing padded."""
+"""Swin V1 on images of any size, against a network computed token by token: no window formed, nothing padded."""
 
 import itertools
 

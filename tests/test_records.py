@@ -57,21 +57,25 @@ def test_figures_that_are_not_finite_are_null_in_json(tmp_path: Path):
 def test_second_live_run_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path):
     code = (
         "import sys, pathlib; from utils.run_folder import RunFolder\n"
-        f"RunFolder(pathlib.Path({str(tmp_path / 'run')!r})).claim(); print('held', flush=True); sys.stdin.read()"
+        f"with RunFolder(pathlib.Path({str(tmp_path / 'run')!r})).claim(): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"another run is live.*process {holder.pid} on .*--tag"):
-        RunFolder(tmp_path / "run").claim()
+        with RunFolder(tmp_path / "run").claim():
+            pass
     holder.kill()
     holder.communicate()
-    RunFolder(tmp_path / "run").claim()
+    for _ in range(2):
+        with RunFolder(tmp_path / "run").claim():
+            assert str(os.getpid()) in (tmp_path / "run" / "lock").read_text()
 
 
 def test_folder_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written.*--output"):
-        RunFolder(tmp_path / "file" / "run").claim()
+        with RunFolder(tmp_path / "file" / "run").claim():
+            pass
 
 
 def test_every_start_is_noted(tmp_path: Path):

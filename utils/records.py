@@ -58,7 +58,7 @@ class Records:
         self._tensorboard.close()
 
     def _write_summary(self) -> None:
-        columns = list(dict.fromkeys(key for record in self.epochs for key in record if key != "kind"))
+        columns = ["epoch", *dict.fromkeys(key for row in self.epochs for key in row if key not in ("kind", "epoch"))]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -29,29 +31,33 @@ class RunFolder:
         self.log_file = path / "log.txt"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
-        self._lock: int | None = None
 
-    def claim(self) -> None:
-        """Makes the folder and locks it until this process ends, however it ends.
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Makes the folder and holds its lock, which is free again when this process ends, however it ends.
 
         Raises:
             UserError: another live process holds it, or it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error}). Give another folder with --output") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(self._lock, 200).decode(errors="replace").strip() or "another process"
-            raise UserError(
-                f"{self.path}: another run is live in this folder ({holder}). Wait for it, or give this run a name of "
-                "its own with --tag"
-            ) from error
-        os.ftruncate(self._lock, 0)
-        os.write(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+                raise UserError(
+                    f"{self.path}: another run is live in this folder ({holder}). Wait for it, or give this run a name "
+                    "of its own with --tag"
+                ) from error
+            os.ftruncate(lock, 0)
+            os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            yield
+        finally:
+            os.close(lock)
 
     def write_config(self, text: str) -> None:
         write_text(self.config_file, text)

@@ -1,0 +1,297 @@
+"""The main job from the command line: train, be killed, resume, evaluate, fine-tune, refuse; on tiny images."""
+
+import csv
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import engine
+from main import main
+
+ROOT = Path(__file__).parent.parent
+TRAIN, VAL, BATCH = 44, 14, 8  # an epoch is five and a half batches: batches reach over its end
+COLOURS = {"blue": (30, 30, 220), "green": (30, 220, 30)}
+
+RECIPE = f"""
+DATA: {{IMG_SIZE: 32, BATCH_SIZE: {BATCH}, NUM_WORKERS: 0}}
+MODEL:
+  NAME: tiny
+  NUM_CLASSES: 0
+  DROP_RATE: 0.1
+  DROP_PATH_RATE: 0.1
+  SWIN: {{EMBED_DIM: 16, DEPTHS: [2, 2], NUM_HEADS: [1, 2], WINDOW_SIZE: 4}}
+TRAIN: {{EPOCHS: 3, WARMUP_EPOCHS: 1, BASE_LR: 0.1, EMA_DECAY: 0.9}}
+AMP_ENABLE: False
+PRINT_FREQ: 2
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes told apart by their colour."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", TRAIN // 2), ("val", VAL // 2)):
+        for name, colour in COLOURS.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                shade = tuple(min(255, c + 5 * (i % 7)) for c in colour)
+                Image.new("RGB", (40, 36), shade).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    return tmp_path / "tiny.yaml"
+
+
+@pytest.fixture
+def job(recipe: Path, images: Path, capfd: pytest.CaptureFixture):
+    """Runs main.py in this process; returns its exit code and all it said."""
+
+    def run(*words: str, data: Path = images) -> tuple[int, str]:
+        capfd.readouterr()
+        argv = ["--cfg", str(recipe), "--data-path", str(data), "--output", str(recipe.parent / "logs"), *words]
+        code = main(argv)
+        said = capfd.readouterr()
+        return code, said.out + said.err
+
+    return run
+
+
+def command(recipe: Path, images: Path, *words: str, processes: int = 1) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    start = start if processes > 1 else [sys.executable]
+    where = ["--data-path", str(images), "--output", str(recipe.parent / "logs")]
+    return [*start, str(ROOT / "main.py"), "--cfg", str(recipe), *where, *words]
+
+
+def kill_all(recipe: Path) -> None:
+    """kill -9 to every process of the run at once: torchrun, the ranks (in sessions of their own), their workers."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            mine = str(recipe).encode() in path.read_bytes() and int(path.parent.name) != os.getpid()
+            if mine:
+                os.kill(int(path.parent.name), signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended meanwhile
+
+
+def run_folder(recipe: Path, tag: str = "default") -> Path:
+    return recipe.parent / "logs" / "tiny" / tag
+
+
+def checkpoint(recipe: Path, tag: str = "default", name: str = "last") -> dict:
+    return torch.load(run_folder(recipe, tag) / "checkpoints" / f"{name}.pth", weights_only=True)
+
+
+def assert_same(one, other, where: str = "") -> None:
+    """Equal to the bit, all the way down."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}.{i}")
+    else:
+        assert one == other, where
+
+
+def test_one_run_from_start_to_end(job, recipe: Path):
+    code, said = job()
+    assert code == 0, said
+    folder = run_folder(recipe)
+    for word in ("best top-1", f"less {folder}/log.txt", f"tensorboard --logdir {folder}/tensorboard", "best.pth"):
+        assert word in said
+
+    updates = -(-3 * TRAIN // BATCH)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    assert [record["update"] for record in epochs] == [6, 11, updates]
+    assert all(record["images"] == VAL for record in epochs)
+    assert {"lr", "weight_decay", "grad_norm", "images_per_second", "data_wait", "memory_gib"} <= records[0].keys()
+    assert [row["epoch"] for row in csv.DictReader(open(folder / "summary.csv"))] == ["1", "2", "3"]
+
+    shown = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 10}).Reload().Tags()
+    assert {"train/loss", "train/lr", "epoch/acc1", "epoch/acc5", "epoch/ema_acc1"} <= set(shown["scalars"])
+    assert shown["images"] == ["first_batch"]
+
+    saved = checkpoint(recipe)
+    assert saved["class_names"] == ["blue", "green"]
+    assert saved["state"]["samples"] == updates * BATCH
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "best.pth", "epoch_0001.pth", "epoch_0002.pth", "epoch_0003.pth", "last.pth",
+    ]  # fmt: skip
+
+    # The saved config is the same run; it is complete.
+    code = main(["--cfg", str(folder / "config.yaml")])
+    assert code == 0
+    assert_same(saved, checkpoint(recipe))
+
+    # Its best checkpoint is as good as it was said to be.
+    code, said = job("--eval", "--resume", str(folder / "checkpoints" / "best.pth"))
+    assert code == 0, said
+    best = checkpoint(recipe, name="best")["state"]["best"]
+    assert f"top-1 {best:.3f} %" in said
+    assert f"{VAL} images" in said and "average of the weights" in said
+
+
+def test_a_complete_run_says_so(job, recipe: Path):
+    assert job("--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")[0] == 0
+    code, said = job("--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")
+    assert code == 0 and "this run is complete: all 1 epochs are done" in said
+
+
+def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Path, images: Path):
+    """Two processes with two workers each, kill -9 of them all, a start with the same command."""
+    words = ["--opts", "SAVE_STEPS", "1", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2"]
+    through = command(recipe, images, "--tag", "through", *words, processes=2)
+    subprocess.run(through, check=True, capture_output=True, cwd=ROOT, timeout=200)
+
+    killed = command(recipe, images, "--tag", "killed", *words, processes=2)
+    lines = run_folder(recipe, "killed") / "metrics.jsonl"
+    with subprocess.Popen(killed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as running:
+        for line in running.stdout:
+            if "epoch 1.8" in line:  # 5 of 9 updates at 16 images each, in the second epoch
+                break
+        kill_all(recipe)
+    stopped_at = checkpoint(recipe, "killed")["state"]["samples"]
+    assert 0 < stopped_at < 3 * TRAIN and stopped_at % TRAIN != 0
+
+    again = subprocess.run(killed, check=True, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert f"after {stopped_at} images" in again.stdout
+    one, other = checkpoint(recipe, "through"), checkpoint(recipe, "killed")
+    for contents in (one, other):
+        contents.pop("config")  # holds the tag
+    assert_same(one, other)
+    updates = [json.loads(line)["update"] for line in lines.read_text().splitlines() if '"train"' in line]
+    assert updates == list(range(1, 10))
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_processes_share_one_order_and_one_evaluation(recipe: Path, images: Path, job, processes: int):
+    """Two processes with half the batch make the updates of one with the whole, but for the order of summing."""
+    one = job("--tag", "one", "--opts", "TRAIN.ACCUMULATION_STEPS", "2", "DATA.BATCH_SIZE", "4")
+    assert one[0] == 0, one[1]
+    words = ["--tag", "two", "--batch-size", "4"]
+    subprocess.run(command(recipe, images, *words, processes=processes), check=True, capture_output=True, cwd=ROOT)
+    a, b = checkpoint(recipe, "one"), checkpoint(recipe, "two")
+    assert a["state"]["samples"] == b["state"]["samples"]
+    for name, value in a["model"].items():
+        torch.testing.assert_close(value, b["model"][name], rtol=1e-3, atol=1e-4, msg=name)
+    evaluate = ["--eval", "--resume", str(run_folder(recipe, "one") / "checkpoints" / "last.pth")]
+    alone = job(*evaluate)[1]
+    together = subprocess.run(
+        command(recipe, images, *evaluate, processes=processes), check=True, capture_output=True, text=True, cwd=ROOT
+    ).stdout
+    results = [[line for line in said.splitlines() if "top-1" in line] for said in (alone, together)]
+    assert len(results[0]) == 2 and results[0] == results[1]
+
+
+def test_another_configuration_in_the_same_folder(job, recipe: Path):
+    short = ["--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    assert job(*short)[0] == 0
+    code, said = job(*short, "TRAIN.BASE_LR", "0.05")
+    assert code == 2 and "TRAIN.BASE_LR: 0.1 there, 0.05 now" in said and "--accept-changes" in said and "--tag" in said
+    longer = ["--opts", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0"]
+    code, said = job("--accept-changes", *longer)
+    assert code == 0 and "TRAIN.EPOCHS: 1 there, 2 now" in said
+    assert checkpoint(recipe)["state"]["samples"] == 2 * TRAIN
+    code, said = job(*longer, "TRAIN.AUTO_RESUME", "False")
+    assert code == 2 and "TRAIN.AUTO_RESUME is off" in said
+
+
+def test_explicit_resume_wins_over_the_folder(job, recipe: Path):
+    assert job()[0] == 0
+    first = run_folder(recipe) / "checkpoints" / "epoch_0001.pth"
+    code, said = job("--resume", str(first))
+    assert code == 0 and f"continuing from {first}, after 48 images" in said
+    assert checkpoint(recipe)["state"]["samples"] == 17 * BATCH
+
+
+def test_fine_tuning_on_other_classes_and_another_window(job, recipe: Path, images: Path, tmp_path: Path):
+    short = ["TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    assert job("--opts", *short)[0] == 0
+    weights = run_folder(recipe) / "checkpoints" / "last.pth"
+    others = tmp_path / "others"
+    for split in ("train", "val"):
+        for name, shade in (("a", 20), ("b", 120), ("c", 220)):
+            (others / split / name).mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (36, 36), (shade, shade, i)).save(others / split / name / f"{i}.jpg")
+    words = ["--tag", "tuned", "--pretrained", str(weights), "--opts", *short, "MODEL.SWIN.WINDOW_SIZE", "8"]
+    code, said = job(*words, data=others)
+    assert code == 0, said
+    assert "bicubic" in said and "head.weight" in said
+    assert checkpoint(recipe, "tuned")["class_names"] == ["a", "b", "c"]
+    code, said = job("--eval", "--pretrained", str(weights), data=others)
+    assert code == 2 and "other classes" in said
+    code, said = job("--tag", "new", "--resume", str(recipe), "--opts", *short)
+    assert code == 2 and "not a readable checkpoint" in said
+
+
+def test_weights_alone_are_no_run_to_continue(job, recipe: Path, tmp_path: Path):
+    assert job("--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")[0] == 0
+    torch.save({"model": checkpoint(recipe)["model"]}, tmp_path / "weights.pth")
+    code, said = job("--tag", "other", "--resume", str(tmp_path / "weights.pth"))
+    assert code == 2 and "no run to continue" in said and "--pretrained" in said
+    code, said = job("--tag", "other", "--eval", "--resume", str(tmp_path / "weights.pth"))
+    assert code == 0, said
+
+
+def test_divergence_stops_the_run_and_saves_nothing_bad(job, recipe: Path):
+    code, said = job("--opts", "TRAIN.BASE_LR", "1e30", "TRAIN.MAX_BAD_STEPS", "2", "SAVE_STEPS", "1")
+    assert code == 3, said
+    assert "not finite" in said and "last good checkpoint" in said
+    model = checkpoint(recipe)["model"]
+    assert all(value.isfinite().all() for value in model.values())
+
+
+def test_corrupt_image_stops_the_run_by_name(job, recipe: Path, tmp_path: Path, images: Path):
+    broken = tmp_path / "broken"
+    for source in images.rglob("*.jpg"):
+        target = broken / source.relative_to(images)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    (broken / "train" / "blue" / "3.jpg").write_bytes(b"no picture")
+    code, said = job(data=broken)
+    assert code == 2 and "blue/3.jpg" in said and "DATA.MAX_BAD_IMAGES" in said
+    words = ["DATA.MAX_BAD_IMAGES", "5", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    code, said = job("--opts", *words, data=broken)
+    assert code == 0 and "blue/3.jpg" in said
+
+
+def test_throughput_needs_no_data(recipe: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine, "measure", functools.partial(engine.measure, seconds=0.05, runs=3))
+    assert main(["--cfg", str(recipe), "--throughput", "--batch-size", "2"]) == 0
+    said = capfd.readouterr().out
+    for word in ("inference", "training", "images/s", "float32", "batch 2", "GiB"):
+        assert word in said
+    assert not (recipe.parent / "logs").exists()
+
+
+def test_mistakes_end_with_code_2_and_no_traceback(job, tmp_path: Path):
+    for words, expected in (
+        (["--eval"], "--resume FILE or --pretrained FILE"),
+        (["--opts", "TRAIN.EPOCH", "3"], "TRAIN.EPOCHS"),
+        (["--opts", "MODEL.NUM_CLASSES", "5"], "MODEL.NUM_CLASSES"),
+        (["--eval", "--resume", "nowhere.pth"], "nowhere.pth: no such file"),
+        (["--data-path", str(tmp_path / "none")], "no folder"),
+        (["--pretrained", "weights.pth", "--resume", "run.pth"], "one of --resume and --pretrained"),
+    ):
+        code, said = job(*words)
+        assert code == 2 and expected in said and "Traceback" not in said, (words, said)
