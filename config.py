@@ -93,6 +93,7 @@ _C.TRAIN.MOE = CfgNode()
 _C.TRAIN.MOE.SAVE_MASTER = False  # no effect (see NO_EFFECT)
 
 _C.AUG = CfgNode()
+_C.AUG.HFLIP = 0.5  # probability of a horizontal flip; 0 where left and right matter, as in digits and text
 _C.AUG.COLOR_JITTER = 0.4  # strength of colour jitter, used where AUTO_AUGMENT is none; 0 = off
 _C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # of timm: rand-… | augmix-… | original | originalr | v0 | v0r | 3a | none
 _C.AUG.REPROB = 0.25  # random erasing, probability
@@ -159,7 +160,7 @@ INTERVALS = {
         MODEL.DROP_RATE MODEL.ATTN_DROP_RATE MODEL.DROP_PATH_RATE MODEL.LABEL_SMOOTHING TRAIN.EMA_DECAY
         TRAIN.OPTIMIZER.BETAS""",
     "(0, 1)": "TRAIN.OPTIMIZER.MOMENTUM",
-    "[0, 1]": "AUG.REPROB AUG.CUTMIX_MINMAX AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB",
+    "[0, 1]": "AUG.HFLIP AUG.REPROB AUG.CUTMIX_MINMAX AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB",
     "(0, 1]": "TRAIN.LAYER_DECAY TRAIN.LR_SCHEDULER.DECAY_RATE TRAIN.LR_SCHEDULER.GAMMA",
 }
 

@@ -2,6 +2,7 @@
 in the order in which things happen, and knows nothing of the command line.
 """
 
+import inspect
 import itertools
 import logging
 from collections.abc import Iterator
@@ -82,6 +83,7 @@ def train_in(folder: RunFolder, checkpoints: CheckpointFolder, config: CfgNode, 
     val = val_batches(config, data, process)
     stream, reporter = iter(batches), None
     if process.is_main:
+        folder.note_start({"samples": state.samples, "processes": process.world_size, "device": str(process.device)})
         reporter = open_reporter(folder, process, state, global_batch, total_samples, epoch_samples)
         if state.samples == 0:
             stream = show_first_batch(reporter.records, config, stream, data.class_names)
@@ -121,7 +123,7 @@ def train_in(folder: RunFolder, checkpoints: CheckpointFolder, config: CfgNode, 
 def open_run_folder(
     folder: RunFolder, checkpoints: CheckpointFolder, config: CfgNode, process: Process, accept_changes: bool
 ) -> None:
-    """Makes sure that what is in the folder belongs to the same configuration, and notes this start in it."""
+    """Makes sure that what is in the folder belongs to the same configuration, and begins to log into it."""
     logger.add_file(folder.log_file)
     checkpoints.prepare()
     # A start that failed before its first checkpoint leaves nothing to mix up with.
@@ -141,7 +143,6 @@ def open_run_folder(
             "name the checkpoint to continue from with --resume"
         )
     folder.write_config(dump(config))
-    folder.note_start({"processes": process.world_size, "device": str(process.device)})
     log.info("run folder %s", folder.path)
 
 
@@ -218,8 +219,11 @@ def prepare_for_speed(config: CfgNode, process: Process, learner: Learner) -> No
         learner.bare.model.compile()
     if process.world_size > 1:
         device_ids = [process.device.index] if process.device.type == "cuda" else None
+        # The buffers (masks, indices) are the same everywhere and never change; torch 2.14 renamed the option.
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         learner.objective = DistributedDataParallel(
-            learner.objective, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            learner.objective, device_ids=device_ids, gradient_as_bucket_view=True, **{sync: False}
         )
 
 

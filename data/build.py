@@ -101,7 +101,7 @@ class TrainBatches:
             raise ValueError("the data were opened for evaluation only")
         aug, batch_size = config.AUG, config.DATA.BATCH_SIZE
         transform = train_transform(
-            config.DATA.IMG_SIZE, aug.COLOR_JITTER, aug.AUTO_AUGMENT, aug.REPROB, aug.REMODE, aug.RECOUNT,
+            config.DATA.IMG_SIZE, aug.HFLIP, aug.COLOR_JITTER, aug.AUTO_AUGMENT, aug.REPROB, aug.REMODE, aug.RECOUNT,
             config.DATA.INTERPOLATION,
         )
         samples = TrainSamples(data.train, transform, config.SEED, config.DATA.MAX_BAD_IMAGES)

@@ -17,6 +17,7 @@ SMALL = 32
 
 def train_transform(
     size: int,
+    hflip: float,
     color_jitter: float,
     auto_augment: str,
     re_prob: float,
@@ -30,6 +31,7 @@ def train_transform(
     first. Draws come from `random`, `numpy.random` and torch's CPU generator.
 
     Args:
+        hflip: probability of a horizontal flip.
         color_jitter: 0 for none; without effect beside AutoAugment.
         auto_augment: timm's policy string, or "none".
         re_prob, re_mode, re_count: random erasing: probability, "const", "rand" or "pixel", regions.
@@ -38,6 +40,7 @@ def train_transform(
     transform = create_transform(
         input_size=size,
         is_training=True,
+        hflip=hflip,
         color_jitter=color_jitter if color_jitter > 0 else None,
         auto_augment=auto_augment if auto_augment != "none" else None,
         re_prob=re_prob,

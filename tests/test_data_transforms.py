@@ -22,6 +22,7 @@ from utils.seed import derive, seed_cpu
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 RECIPE = {
+    "hflip": 0.5,
     "color_jitter": 0.4,
     "auto_augment": "rand-m9-mstd0.5-inc1",
     "re_prob": 0.25,

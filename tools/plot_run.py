@@ -1,0 +1,76 @@
+"""Draws the curves of a run from its `metrics.jsonl`:
+
+    python -m tools.plot_run logs/demo/default curve.png
+
+Loss and accuracy over epochs; a dashed line where the run was started again.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
+
+from utils.errors import UserError  # noqa: E402
+
+
+def draw(folder: Path, picture: Path) -> None:
+    """Writes the picture of the run in `folder`; the ending of `picture` says the format.
+
+    Raises:
+        UserError: `folder` holds no run.
+    """
+    source = folder / "metrics.jsonl"
+    if not source.is_file():
+        raise UserError(f"{source}: no such file. Give the folder of a run, such as logs/demo/default")
+    records = [json.loads(line) for line in source.read_text().splitlines()]
+    train = [record for record in records if record["kind"] == "train" and record["loss"] is not None]
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    if not epochs:
+        raise UserError(f"{source}: no epoch is complete yet; try again later")
+    per_epoch = epochs[-1]["samples"] / epochs[-1]["epoch"]
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    done = [r["epoch"] for r in epochs]
+    left.plot([r["samples"] / per_epoch for r in train], [r["loss"] for r in train], lw=0.8, label="training")
+    left.plot(done, [r["val_loss"] for r in epochs], marker=".", label="validation")
+    left.set(xlabel="epoch", ylabel="loss")
+    right.plot(done, [r["acc1"] for r in epochs], marker=".", label="top-1")
+    if "ema_acc1" in epochs[-1]:
+        right.plot(done, [r["ema_acc1"] for r in epochs], marker=".", label="top-1 of the averaged weights")
+    right.set(xlabel="epoch", ylabel="% of validation images")
+    for samples in restarts(folder):
+        for axes in (left, right):
+            axes.axvline(samples / per_epoch, color="grey", ls="--", lw=0.8, label="started again")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"{folder}: top-1 {epochs[-1]['acc1']:.2f} % after {epochs[-1]['epoch']} epochs", fontsize=10)
+    figure.savefig(picture, dpi=110)
+
+
+def restarts(folder: Path) -> list[int]:
+    """The clock at each start that continued the run."""
+    starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    return [start["samples"] for start in starts if start["samples"] > 0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.plot_run", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="a run, such as logs/demo/default")
+    parser.add_argument("picture", type=Path, help="the picture to write, .png or .svg")
+    args = parser.parse_args(argv)
+    try:
+        draw(args.folder, args.picture)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
