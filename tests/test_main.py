@@ -35,6 +35,16 @@ PRINT_FREQ: 2
 """
 
 
+CPU_ONLY = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equality to the bit is promised on CPU; only the tests marked `gpu` use one."""
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes told apart by their colour."""
@@ -160,11 +170,12 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Pat
     """Two processes with two workers each, kill -9 of them all, a start with the same command."""
     words = ["--opts", "SAVE_STEPS", "1", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2"]
     through = command(recipe, images, "--tag", "through", *words, processes=2)
-    subprocess.run(through, check=True, capture_output=True, cwd=ROOT, timeout=200)
+    subprocess.run(through, check=True, capture_output=True, cwd=ROOT, env=CPU_ONLY, timeout=280)
 
     killed = command(recipe, images, "--tag", "killed", *words, processes=2)
     lines = run_folder(recipe, "killed") / "metrics.jsonl"
-    with subprocess.Popen(killed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as running:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(killed, cwd=ROOT, env=CPU_ONLY, **pipes) as running:
         for line in running.stdout:
             if "epoch 1.8" in line:  # 5 of 9 updates at 16 images each, in the second epoch
                 break
@@ -172,7 +183,7 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Pat
     stopped_at = checkpoint(recipe, "killed")["state"]["samples"]
     assert 0 < stopped_at < 3 * TRAIN and stopped_at % TRAIN != 0
 
-    again = subprocess.run(killed, check=True, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    again = subprocess.run(killed, check=True, capture_output=True, text=True, cwd=ROOT, env=CPU_ONLY, timeout=280)
     assert f"after {stopped_at} images" in again.stdout
     one, other = checkpoint(recipe, "through"), checkpoint(recipe, "killed")
     for contents in (one, other):
@@ -182,21 +193,22 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Pat
     assert updates == list(range(1, 10))
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_processes_share_one_order_and_one_evaluation(recipe: Path, images: Path, job, processes: int):
+def test_processes_share_one_order_and_one_evaluation(recipe: Path, images: Path, job):
     """Two processes with half the batch make the updates of one with the whole, but for the order of summing."""
     one = job("--tag", "one", "--opts", "TRAIN.ACCUMULATION_STEPS", "2", "DATA.BATCH_SIZE", "4")
     assert one[0] == 0, one[1]
     words = ["--tag", "two", "--batch-size", "4"]
-    subprocess.run(command(recipe, images, *words, processes=processes), check=True, capture_output=True, cwd=ROOT)
+    two = command(recipe, images, *words, processes=2)
+    subprocess.run(two, check=True, capture_output=True, cwd=ROOT, env=CPU_ONLY, timeout=280)
     a, b = checkpoint(recipe, "one"), checkpoint(recipe, "two")
     assert a["state"]["samples"] == b["state"]["samples"]
     for name, value in a["model"].items():
         torch.testing.assert_close(value, b["model"][name], rtol=1e-3, atol=1e-4, msg=name)
     evaluate = ["--eval", "--resume", str(run_folder(recipe, "one") / "checkpoints" / "last.pth")]
     alone = job(*evaluate)[1]
+    two = command(recipe, images, *evaluate, processes=2)
     together = subprocess.run(
-        command(recipe, images, *evaluate, processes=processes), check=True, capture_output=True, text=True, cwd=ROOT
+        two, check=True, capture_output=True, text=True, cwd=ROOT, env=CPU_ONLY, timeout=280
     ).stdout
     results = [[line for line in said.splitlines() if "top-1" in line] for said in (alone, together)]
     assert len(results[0]) == 2 and results[0] == results[1]
@@ -295,3 +307,13 @@ def test_mistakes_end_with_code_2_and_no_traceback(job, tmp_path: Path):
     ):
         code, said = job(*words)
         assert code == 2 and expected in said and "Traceback" not in said, (words, said)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("amp_dtype", ["auto", "bfloat16", "float16", "float32"])
+def test_main_job_on_a_gpu(job, recipe: Path, amp_dtype: str):
+    words = ["--tag", amp_dtype, "--opts", "AMP_ENABLE", "True", "AMP_DTYPE", amp_dtype, "TRAIN.EPOCHS", "20"]
+    code, said = job(*words)
+    assert code == 0 and "cuda" in (run_folder(recipe, amp_dtype) / "starts.jsonl").read_text()
+    assert checkpoint(recipe, amp_dtype)["state"]["best"] > 90, said

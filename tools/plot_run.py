@@ -10,12 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
-
-from utils.errors import UserError  # noqa: E402
+from utils.errors import UserError
 
 
 def draw(folder: Path, picture: Path) -> None:
@@ -34,7 +31,8 @@ def draw(folder: Path, picture: Path) -> None:
         raise UserError(f"{source}: no epoch is complete yet; try again later")
     per_epoch = epochs[-1]["samples"] / epochs[-1]["epoch"]
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     done = [r["epoch"] for r in epochs]
     left.plot([r["samples"] / per_epoch for r in train], [r["loss"] for r in train], lw=0.8, label="training")
     left.plot(done, [r["val_loss"] for r in epochs], marker=".", label="validation")
