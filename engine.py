@@ -240,19 +240,20 @@ def evaluate(learner: Learner, objective: nn.Module, batches: Iterable[Batch]) -
     return {"images": int(count)} | {name: total / max(count, 1) for name, total in totals.items()}
 
 
+def seconds_for(step: Callable[[], object], times: int, device: torch.device) -> float:
+    """Wall-clock seconds of `times` calls of `step`, until the device is done with them."""
+    start = time.perf_counter()
+    for _ in range(times):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
 def measure(
     step: Callable[[], object], images: int, device: torch.device, seconds: float = 2.0, runs: int = 5
 ) -> float:
     """Images per second of `step`, which handles `images` of them: the median of `runs` runs of `seconds` each."""
-
-    def timed(times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    timed(2)  # warm-up: kernels are chosen, memory is allocated
-    times = max(1, round(seconds / timed(1)))
-    return statistics.median(times * images / timed(times) for _ in range(runs))
+    seconds_for(step, 2, device)  # warm-up: kernels are chosen, memory is allocated
+    times = max(1, round(seconds / seconds_for(step, 1, device)))
+    return statistics.median(times * images / seconds_for(step, times, device) for _ in range(runs))

@@ -1,10 +1,11 @@
 """Comparing speeds on a machine whose speed drifts: the candidates take turns, and ratios are taken turn by turn."""
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+
+from engine import seconds_for
 
 
 def take_turns(
@@ -14,23 +15,14 @@ def take_turns(
 
     In a turn every candidate runs for about `seconds`; the order is turned round from turn to turn.
     """
-
-    def timed(step: Callable[[], object], times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
     times = {}
     for name, step in steps.items():
-        timed(step, 2)  # warm-up
-        times[name] = max(1, round(seconds / timed(step, 1)))
+        seconds_for(step, 2, device)  # warm-up
+        times[name] = max(1, round(seconds / seconds_for(step, 1, device)))
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns):
         for name in list(steps)[:: -1 if turn % 2 else 1]:
-            rates[name].append(times[name] * images / timed(steps[name], times[name]))
+            rates[name].append(times[name] * images / seconds_for(steps[name], times[name], device))
     return rates
 
 
