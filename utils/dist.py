@@ -7,11 +7,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
+
+# How long a process waits for the others: walking a folder of millions of files over a network takes its time.
+PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,9 @@ def process_group() -> Iterator[Process]:
         device = torch.device("cpu")
     if world_size > 1:
         if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("nccl", device_id=device, timeout=PATIENCE)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield Process(rank, world_size, local_rank, local_world_size, device)
     finally:

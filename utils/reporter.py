@@ -49,7 +49,10 @@ class Reporter:
 
     def epoch(self, epoch: int, update: int, samples: int, figures: dict[str, float]) -> None:
         self.records.add("epoch", update, samples, {"epoch": epoch, **figures})
-        log.info("epoch %d: %s", epoch, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        shown = (
+            f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in figures.items()
+        )
+        log.info("epoch %d: %s", epoch, "  ".join(shown))
 
     def resume_clock(self, samples: int, waited: float) -> None:
         """Begins a new interval of training, after a report or after something that was not training."""
