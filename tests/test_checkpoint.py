@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import os
 import pickle
+import random
 import threading
 from pathlib import Path
 
@@ -67,6 +68,26 @@ def test_damaged_files(tmp_path: Path, damage, said: str):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=f"damaged.pth.*{said}"):
         read_checkpoint(str(path))
+
+
+def test_flipped_bits_are_never_loaded(tmp_path: Path):
+    """A bit anywhere in the file: it is refused, or lies where nothing reads it and the contents are the same."""
+    path = tmp_path / "last.pth"
+    weights = torch.arange(2000, dtype=torch.float32)
+    torch.save({"model": {"w": weights}, "state": {"samples": 4096}}, path)
+    whole = path.read_bytes()
+    draws, refused = random.Random(0), 0
+    for _ in range(300):
+        place = draws.randrange(len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << draws.randrange(8)]) + whole[place + 1 :])
+        try:
+            contents = read_checkpoint(str(path))
+        except UserError as error:
+            assert "last.pth" in str(error)
+            refused += 1
+            continue
+        assert torch.equal(contents["model"]["w"], weights) and contents["state"] == {"samples": 4096}
+    assert refused > 250
 
 
 def test_missing_file_and_other_contents(tmp_path: Path):

@@ -10,6 +10,7 @@ import pickletools
 import re
 import urllib.error
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def read_checkpoint(source: str, progress: bool = False) -> dict:
         UserError: missing, damaged, not a checkpoint, a wrong digest, or a pickle that names code to run.
     """
     path = fetch(source, progress)
+    _require_whole(path)
     try:
         with torch.serialization.safe_globals(_READ_AS_DICT):
             contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -82,6 +84,19 @@ def fetch(source: str, progress: bool = False) -> Path:
         if found != digest.lower():
             raise UserError(f"{path}: SHA-256 is {found}, not {digest} as asked for. Delete it to download it again")
     return path
+
+
+def _require_whole(path: Path) -> None:
+    """Checks the checksum that the file carries for each of its records; torch.load does not look at them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile:
+        return  # truncated, of the format before torch 1.6, or no checkpoint: torch.load finds out
+    except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+        damaged = str(error)
+    if damaged:
+        raise UserError(f"{path}: damaged: {damaged} does not match its checksum. Take another copy")
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
