@@ -32,6 +32,7 @@ from utils.dist import Process, broadcast_from_main, first_on_node
 from utils.errors import TrainingDiverged, UserError
 from utils.pictures import caption_of, captioned_grid
 from utils.precision import choose_amp_dtype, describe
+from utils.preemption import StopRequest
 from utils.progress import Progress, memory_gib
 from utils.records import Records
 from utils.reporter import Reporter
@@ -88,13 +89,15 @@ def train_in(folder: RunFolder, checkpoints: CheckpointFolder, config: CfgNode, 
         if state.samples == 0:
             stream = show_first_batch(reporter.records, config, stream, data.class_names)
 
+    stop = StopRequest()
     try:
         with worker_death_named(config.DATA.NUM_WORKERS):
             for account in engine.train(learner, stream, state, schedule.at, global_batch):
                 update, epoch = state.samples // global_batch, min(state.samples // epoch_samples, config.TRAIN.EPOCHS)
                 epoch_ended = epoch > (state.samples - global_batch) // epoch_samples
-                save_asked = config.SAVE_STEPS > 0 and update % config.SAVE_STEPS == 0
-                if epoch_ended or save_asked or update % config.PRINT_FREQ == 0:
+                stopping = stop.agreed()
+                saving = epoch_ended or stopping or (config.SAVE_STEPS > 0 and update % config.SAVE_STEPS == 0)
+                if saving or update % config.PRINT_FREQ == 0:
                     taken = account.settle()
                     if reporter:
                         settings = {"lr": schedule.at(update - 1)} | optimizer_settings(config, learner)
@@ -106,15 +109,19 @@ def train_in(folder: RunFolder, checkpoints: CheckpointFolder, config: CfgNode, 
                     if reporter:
                         figures |= {"lr": schedule.at(update - 1), "skipped": state.skipped, "best": state.best}
                         reporter.epoch(epoch, update, state.samples, figures)
-                if reporter and (epoch_ended or save_asked):
+                if saving and reporter:
                     numbered = epoch_ended and (epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS)
                     contents = checkpoint_contents(config, learner, state, data.class_names)
                     checkpoints.save(contents, epoch=epoch if numbered else None, best=improved)
                     reporter.resume_clock(state.samples, batches.wait_seconds)
+                if stopping and state.samples < total_samples:
+                    log.info("asked to stop: saved after %s images; the same command continues", f"{state.samples:,}")
+                    return
     except TrainingDiverged as error:
         last = f"The last good checkpoint is {checkpoints.last}" if checkpoints.last.exists() else "None was saved yet"
         raise TrainingDiverged(f"{error}. {last}") from error
     finally:
+        stop.close()
         if reporter:
             reporter.close()
     say_results(config, folder, checkpoints, state)
@@ -299,12 +306,12 @@ def evaluate(config: CfgNode, process: Process) -> None:
         if what:
             load_weights(learner.bare.model, weights_in(part, source))
         figures = engine.evaluate(learner, learner.bare, val)
+        if figures["images"] == 0:
+            raise UserError(f"DATA.DATA_PATH {config.DATA.DATA_PATH}: no validation image could be read")
         log.info(
             "%s%d images: top-1 %.3f %%  top-5 %.3f %%  loss %.4f",
             what, figures["images"], figures["acc1"], figures["acc5"], figures["loss"],
         )  # fmt: skip
-        if figures["images"] == 0:
-            raise UserError(f"DATA.DATA_PATH {config.DATA.DATA_PATH}: no validation image could be read")
 
 
 def load_pretrained(

@@ -155,8 +155,12 @@ def started(loader: DataLoader) -> Iterator[Iterator[dict]]:
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C goes to the whole process group; the main process alone answers it. (DataLoader sets one torch thread.)"""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals go to the whole process group; the main process alone answers them, and then ends its workers.
+
+    (DataLoader sets one torch thread.)
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -193,6 +193,56 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Pat
     assert updates == list(range(1, 10))
 
 
+def test_asked_to_stop_it_saves_at_once_and_continues_to_the_same_bits(job, recipe: Path, monkeypatch):
+    assert job("--tag", "through")[0] == 0
+    updates = engine.train
+
+    def asked(*args):
+        for number, account in enumerate(updates(*args)):
+            if number == 7:  # in the middle of the second epoch
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield account
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train", asked)
+        code, said = job("--tag", "stopped")
+    assert code == 0 and "asked to stop: saved after 64 images; the same command continues" in said
+    assert checkpoint(recipe, "stopped")["state"]["samples"] == 64
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert job("--tag", "stopped")[0] == 0
+    one, other = checkpoint(recipe, "through"), checkpoint(recipe, "stopped")
+    assert_same({**one, "config": ""}, {**other, "config": ""})
+
+
+def test_one_process_asked_stops_all_at_the_same_update(recipe: Path, images: Path):
+    words = ["--tag", "asked", "--opts", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2", "TRAIN.EPOCHS", "1000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command(recipe, images, *words, processes=2), cwd=ROOT, env=CPU_ONLY, **pipes) as running:
+        for line in running.stdout:
+            if "epoch 2.1" in line:
+                os.kill(rank_1(recipe), signal.SIGUSR1)
+                break
+        said = running.stdout.read()
+    assert running.returncode == 0, said
+    assert "asked to stop" in said
+    assert 2 * TRAIN < checkpoint(recipe, "asked")["state"]["samples"] < 100 * TRAIN
+
+
+def rank_1(recipe: Path) -> int:
+    """The process of rank 1: of those with its environment, the one that the others are children of."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if (
+                str(recipe).encode() in (path / "cmdline").read_bytes()
+                and b"\0RANK=1\0" in (path / "environ").read_bytes()
+            ):
+                found.append(int(path.name))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return min(found)
+
+
 def test_processes_share_one_order_and_one_evaluation(recipe: Path, images: Path, job):
     """Two processes with half the batch make the updates of one with the whole, but for the order of summing."""
     one = job("--tag", "one", "--opts", "TRAIN.ACCUMULATION_STEPS", "2", "DATA.BATCH_SIZE", "4")
