@@ -12,7 +12,8 @@ FLOORS = [  # from the ground up; within one package, siblings may import each o
     {"models", "data", "optimizer", "lr_scheduler"},
     {"objectives"},
     {"engine"},
-    {"main", "modes", "tools", "benchmarks"},
+    {"modes"},
+    {"main", "tools", "benchmarks"},
 ]
 CONFIG_READERS = {"models.build", "data.build", "optimizer", "lr_scheduler", "main", "modes", "config"}
 
