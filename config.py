@@ -7,16 +7,28 @@ depends on the data or on the number of processes (class count, scaled learning 
 
 import difflib
 import logging
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from yacs.config import CfgNode
 
-from utils.config_merge import Kind, Override, flatten, merge, pair_up, read_files, to_yaml
+from utils.config_merge import Kind, Override, UnknownKey, flatten, merge, pair_up, read_files, to_yaml
+from utils.config_rules import (
+    BOOKKEEPING,
+    CHOICES,
+    NO_EFFECT,
+    NO_EFFECT_FOR,
+    NOT_YET,
+    SECTIONS,
+    check_each,
+    contradictions,
+    refuse_not_yet,
+)
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
+
+IMAGENET_22K_CLASSES = 21841  # of the release that the models were pre-trained on
 
 _C = CfgNode()
 _C.BASE = [""]  # files to start from, relative to the one that names them; only in a YAML file, empty once resolved
@@ -25,8 +37,8 @@ _C.DATA = CfgNode()
 _C.DATA.BATCH_SIZE = 128  # images per process and micro-batch; even where Mixup or CutMix is on
 _C.DATA.DATA_PATH = ""  # folder of the data set
 _C.DATA.DATASET = "imagenet"  # imagenet (folder or --zip) | imagenet22K | demo | a timm name: torch/…, hfds/…
-_C.DATA.IMG_SIZE = 224  # side of the square input, pixels
-_C.DATA.INTERPOLATION = "bicubic"  # of resizing: bicubic | bilinear | random (one of the two for each training image)
+_C.DATA.IMG_SIZE = 224  # side of the square input, pixels; not given for a model of timm: what timm says
+_C.DATA.INTERPOLATION = "bicubic"  # of resizing: bicubic | bilinear | random (either, for each training image)
 _C.DATA.ZIP_MODE = False  # read train.zip and val.zip with their map files instead of an image folder
 _C.DATA.CACHE_MODE = "part"  # of the zip files: no (read as needed) | part (each process reads its share ahead) | full
 _C.DATA.PIN_MEMORY = True  # collect batches in page-locked memory, which a GPU copies from without waiting
@@ -34,11 +46,11 @@ _C.DATA.NUM_WORKERS = 8  # loader processes for each training process; 0 = load 
 _C.DATA.MAX_BAD_IMAGES = 0  # images that cannot be decoded before the run stops; 0 = stop at the first
 
 _C.MODEL = CfgNode()
-_C.MODEL.TYPE = "swin"  # family of models: swin
+_C.MODEL.TYPE = "swin"  # family of models: swin (V1) | swinv2 | swin_mlp | timm (the model of timm that NAME names)
 _C.MODEL.NAME = "swin_tiny_patch4_window7_224"  # names the run's folder OUTPUT/NAME/TAG
 _C.MODEL.PRETRAINED = ""  # weight file to start a new run from, or to evaluate; '' = random initialisation
 _C.MODEL.RESUME = ""  # checkpoint to continue from; wins over PRETRAINED and over what lies in the run's folder
-_C.MODEL.NUM_CLASSES = 1000  # outputs of the head; 0 = as many as the data has classes
+_C.MODEL.NUM_CLASSES = 1000  # outputs of the head; 0 = as the data has classes; not given for imagenet22K: 21841
 _C.MODEL.DROP_RATE = 0.0  # dropout after the embedding and in projections and MLPs, probability
 _C.MODEL.ATTN_DROP_RATE = 0.0  # dropout of attention weights, probability
 _C.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block, probability; rises linearly from 0 at the first
@@ -55,8 +67,34 @@ _C.MODEL.SWIN.WINDOW_SIZE = 7  # side of a window, tokens (the paper's M)
 _C.MODEL.SWIN.MLP_RATIO = 4.0  # width of an MLP's hidden layer over that of its input
 _C.MODEL.SWIN.QKV_BIAS = True  # biases in the projection to queries, keys and values
 _C.MODEL.SWIN.QK_SCALE = None  # factor on q·k; None = 1 / sqrt(head width)
-_C.MODEL.SWIN.APE = False  # add a learned absolute position embedding to the patches
+_C.MODEL.SWIN.APE = False  # add a learned absolute position embedding to the patches, as POSITION abs+rel does
 _C.MODEL.SWIN.PATCH_NORM = True  # LayerNorm after the patch embedding
+_C.MODEL.SWIN.SHIFT = True  # shift the windows of every second block; False is an ablation of the paper's Table 4
+_C.MODEL.SWIN.POSITION = "rel"  # Table 4: none | abs | abs+rel | rel_no_app (attention by position alone) | rel
+
+_C.MODEL.SWINV2 = CfgNode()
+_C.MODEL.SWINV2.PATCH_SIZE = 4  # side of a patch, pixels
+_C.MODEL.SWINV2.IN_CHANS = 3  # channels of the input
+_C.MODEL.SWINV2.EMBED_DIM = 96  # channels of the first stage; each further stage has twice as many
+_C.MODEL.SWINV2.DEPTHS = [2, 2, 6, 2]  # blocks in each stage
+_C.MODEL.SWINV2.NUM_HEADS = [3, 6, 12, 24]  # attention heads in each stage
+_C.MODEL.SWINV2.WINDOW_SIZE = 7  # side of a window, tokens
+_C.MODEL.SWINV2.MLP_RATIO = 4.0  # width of an MLP's hidden layer over that of its input
+_C.MODEL.SWINV2.QKV_BIAS = True  # biases in the projection to queries and values; keys have none
+_C.MODEL.SWINV2.APE = False  # add a learned absolute position embedding to the patches
+_C.MODEL.SWINV2.PATCH_NORM = True  # LayerNorm after the patch embedding
+_C.MODEL.SWINV2.PRETRAINED_WINDOW_SIZES = [0, 0, 0, 0]  # windows that the weights were made with; 0 = the present one
+
+_C.MODEL.SWIN_MLP = CfgNode()
+_C.MODEL.SWIN_MLP.PATCH_SIZE = 4  # side of a patch, pixels
+_C.MODEL.SWIN_MLP.IN_CHANS = 3  # channels of the input
+_C.MODEL.SWIN_MLP.EMBED_DIM = 96  # channels of the first stage; each further stage has twice as many
+_C.MODEL.SWIN_MLP.DEPTHS = [2, 2, 6, 2]  # blocks in each stage
+_C.MODEL.SWIN_MLP.NUM_HEADS = [3, 6, 12, 24]  # heads in each stage: groups of channels mixed by weights of their own
+_C.MODEL.SWIN_MLP.WINDOW_SIZE = 7  # side of a window, tokens
+_C.MODEL.SWIN_MLP.MLP_RATIO = 4.0  # width of an MLP's hidden layer over that of its input
+_C.MODEL.SWIN_MLP.APE = False  # add a learned absolute position embedding to the patches
+_C.MODEL.SWIN_MLP.PATCH_NORM = True  # LayerNorm after the patch embedding
 
 _C.TRAIN = CfgNode()
 _C.TRAIN.START_EPOCH = 0  # no effect (see NO_EFFECT)
@@ -107,7 +145,8 @@ _C.AUG.MIXUP_SWITCH_PROB = 0.5  # probability of CutMix instead of Mixup where b
 _C.AUG.MIXUP_MODE = "batch"  # one draw for each: batch | pair | elem
 
 _C.TEST = CfgNode()
-_C.TEST.CROP = True  # resize to 256/224 of IMG_SIZE and crop the centre (True), or resize to IMG_SIZE (False)
+_C.TEST.CROP = True  # PROTOCOL original: resize to 256/224 of IMG_SIZE and crop the centre; False: resize to IMG_SIZE
+_C.TEST.PROTOCOL = "auto"  # who prepares test images: original | timm | torchvision | hf | auto (the weights' origin)
 _C.TEST.SEQUENTIAL = False  # no effect (see NO_EFFECT)
 _C.TEST.SHUFFLE = False  # no effect (see NO_EFFECT)
 
@@ -133,67 +172,6 @@ SCHEMA = {key: Kind.of(default) for key, default in flatten(_C).items() if defau
     "TRAIN.LR_SCHEDULER.MULTISTEPS": Kind(int, list),
 }
 
-CHOICES = {
-    "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
-    "DATA.CACHE_MODE": ("no", "part", "full"),
-    "MODEL.TYPE": ("swin",),
-    "MODEL.ATTN": ("auto", "reference", "sdpa"),
-    "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
-    "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
-    "AUG.REMODE": ("const", "rand", "pixel"),
-    "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
-    "AMP_DTYPE": ("auto", "bfloat16", "float16", "float32"),
-}
-
-# Bounds of numbers (of each one in a list): a bracket includes its bound, a parenthesis does not.
-INTERVALS = {
-    "[0, inf)": """
-        DATA.NUM_WORKERS DATA.MAX_BAD_IMAGES MODEL.NUM_CLASSES TRAIN.START_EPOCH TRAIN.WARMUP_EPOCHS TRAIN.WEIGHT_DECAY
-        TRAIN.BASE_LR TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.CLIP_GRAD TRAIN.OPTIMIZER.EPS AUG.COLOR_JITTER AUG.MIXUP
-        AUG.CUTMIX SAVE_STEPS SAVE_KEEP SEED LOCAL_RANK""",
-    "[1, inf)": """
-        DATA.BATCH_SIZE DATA.IMG_SIZE MODEL.SWIN.PATCH_SIZE MODEL.SWIN.IN_CHANS MODEL.SWIN.EMBED_DIM MODEL.SWIN.DEPTHS
-        MODEL.SWIN.NUM_HEADS MODEL.SWIN.WINDOW_SIZE TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS TRAIN.MAX_BAD_STEPS
-        TRAIN.LR_SCHEDULER.DECAY_EPOCHS TRAIN.LR_SCHEDULER.MULTISTEPS AUG.RECOUNT SAVE_FREQ PRINT_FREQ""",
-    "(0, inf)": "MODEL.SWIN.MLP_RATIO MODEL.SWIN.QK_SCALE",
-    "[0, 1)": """
-        MODEL.DROP_RATE MODEL.ATTN_DROP_RATE MODEL.DROP_PATH_RATE MODEL.LABEL_SMOOTHING TRAIN.EMA_DECAY
-        TRAIN.OPTIMIZER.BETAS""",
-    "(0, 1)": "TRAIN.OPTIMIZER.MOMENTUM",
-    "[0, 1]": "AUG.HFLIP AUG.REPROB AUG.CUTMIX_MINMAX AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB",
-    "(0, 1]": "TRAIN.LAYER_DECAY TRAIN.LR_SCHEDULER.DECAY_RATE TRAIN.LR_SCHEDULER.GAMMA",
-}
-
-LENGTHS = {"TRAIN.OPTIMIZER.BETAS": 2, "AUG.CUTMIX_MINMAX": 2}
-
-DATASETS = ("imagenet", "imagenet22K", "demo")
-
-_NUMBER = r"\d+(\.\d+)?"
-AUTO_AUGMENT = re.compile(
-    rf"none|rand(-(m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc[01]|t(weights|3a|3aw|default)))*"
-    rf"|augmix(-(m\d+|w\d+|d\d+|a{_NUMBER}|b[01]|mstd{_NUMBER}))*|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"
-)
-
-# Keys of the original that are understood but change nothing here, and why.
-NO_EFFECT = {
-    "TRAIN.START_EPOCH": "a run continues at the very sample where it was saved",
-    "TRAIN.MOE.SAVE_MASTER": "there are no experts here, and rank 0 alone saves",
-    "TEST.SEQUENTIAL": "every validation image counts once, whatever the order",
-    "TEST.SHUFFLE": "every validation image counts once, whatever the order",
-    "LOCAL_RANK": "torchrun tells each process its rank",
-    "FUSED_WINDOW_PROCESS": "MODEL.ATTN chooses how windows are computed",
-    "FUSED_LAYERNORM": "PyTorch's own LayerNorm is used",
-}
-
-# Keys that say where, how often and with which means, but do not change what a run computes. Two configs that differ in
-# these alone are the same run. Not among them: ACCUMULATION_STEPS, USE_CHECKPOINT, ATTN and the like, which may change
-# the last digits, and DATA.ZIP_MODE, since a zip may hold other files, in another order, than a folder.
-BOOKKEEPING = frozenset(NO_EFFECT) | {
-    "BASE", "DATA.DATA_PATH", "DATA.CACHE_MODE", "DATA.PIN_MEMORY", "DATA.NUM_WORKERS", "DATA.MAX_BAD_IMAGES",
-    "MODEL.RESUME", "TRAIN.AUTO_RESUME", "TRAIN.MAX_BAD_STEPS", "OUTPUT", "TAG", "SAVE_FREQ", "SAVE_STEPS", "SAVE_KEEP",
-    "PRINT_FREQ", "EVAL_MODE", "THROUGHPUT_MODE",
-}  # fmt: skip
-
 
 def get_config(cfg_file: str | Path | None, opts: Sequence[object] = (), flags: Sequence[Override] = ()) -> CfgNode:
     """The frozen configuration of a run: defaults < BASE files < `cfg_file` < `flags` < `opts`.
@@ -209,16 +187,23 @@ def get_config(cfg_file: str | Path | None, opts: Sequence[object] = (), flags: 
         UserError: unknown key, wrong type, value out of range, values that contradict each other, or a file that is
             missing, malformed, not YAML or in a circle of BASE.
     """
-    given = read_files(cfg_file, SCHEMA) if cfg_file is not None else []
-    given = _without_old_names([*given, *flags, *pair_up(opts)])
     config = _C.clone()
-    origins = merge(config, given, SCHEMA)
+    try:
+        given = read_files(cfg_file, SCHEMA) if cfg_file is not None else []
+        given = _without_old_names([*given, *flags, *pair_up(opts)])
+        origins = merge(config, given, SCHEMA)
+    except UnknownKey as error:
+        for key, what in NOT_YET.items():
+            if f"{error.key}.".startswith(f"{key}."):
+                refuse_not_yet(key, error.origin, what)
+        raise
+    check_each(flatten(config), origins)
+    _fill_in(config, origins)
     values = flatten(config)
-    _check_each(values, origins)
     said = {key: f"{key} {value!r} ({origins.get(key, 'default')})" for key, value in values.items()}
-    contradictions = list(_contradictions(config, said.__getitem__))
-    if contradictions:
-        raise UserError("\n".join(contradictions))
+    wrong = list(contradictions(config, said.__getitem__))
+    if wrong:
+        raise UserError("\n".join(wrong))
     _say_no_effect(values, origins)
     config.freeze()
     return config
@@ -263,94 +248,48 @@ def _without_old_names(given: Sequence[Override]) -> list[Override]:
     return translated
 
 
-def _check_each(values: dict[str, object], origins: dict[str, str]) -> None:
-    """Refuses the first value that is outside its choices, interval or length."""
-    rules: list[tuple[str, Callable[[object], bool], str]] = []
-    for key, choices in CHOICES.items():
-        rules.append((key, choices.__contains__, "one of " + ", ".join(choices)))
-    for interval, keys in INTERVALS.items():
-        rules += [(key, _inside(interval), f"in the interval {interval}") for key in keys.split()]
-    for key, accepts, wanted in rules:
-        value = values[key]
-        items = value if isinstance(value, list | tuple) else [value]
-        if not all(item is None or accepts(item) for item in items):
-            raise UserError(f"{origins.get(key, 'default')}: {key} is {value!r} but must be {wanted}.")
-    for key, length in LENGTHS.items():
-        if values[key] is not None and len(values[key]) != length:
-            raise UserError(f"{origins.get(key, 'default')}: {key} is {values[key]!r} but must have {length} numbers.")
+def _fill_in(config: CfgNode, origins: dict[str, str]) -> None:
+    """Sets what nobody gave and what follows from other keys, one line for each: so it stands in the saved config."""
+    follows: dict[str, tuple[object, str]] = {}
+    if config.DATA.DATASET == "imagenet22K":
+        follows["MODEL.NUM_CLASSES"] = (IMAGENET_22K_CLASSES, "DATA.DATASET imagenet22K")
+    if config.MODEL.TYPE == "timm":
+        images = _from_timm(config.MODEL.NAME, origins.get("MODEL.NAME", "default"))
+        follows |= {key: (value, f"timm's {config.MODEL.NAME}") for key, value in images.items()}
+    for key, (value, source) in follows.items():
+        if key not in origins:
+            section, name = key.split(".")
+            config[section][name] = value
+            origins[key] = source
+            log.warning("%s is not given: %r, from %s.", key, value, source)
 
 
-def _inside(interval: str) -> Callable[[object], bool]:
-    low, high = map(float, interval[1:-1].split(","))
+def _from_timm(name: str, origin: str) -> dict[str, object]:
+    """What timm's configuration of the model `name` says about its images."""
+    import timm  # slow, and only here: --help and Swin runs do not wait for it
 
-    def accepts(number: float) -> bool:
-        above = number >= low if interval[0] == "[" else number > low
-        below = number <= high if interval[-1] == "]" else number < high
-        return above and below
-
-    return accepts
-
-
-def _contradictions(config: CfgNode, said: Callable[[str], str]) -> Iterator[str]:
-    """Sentences about values that are right alone but not together. `said` quotes a key with its value and origin."""
-    yield from _architecture_contradictions(config.MODEL.SWIN, said)
-    train, scheduler, aug = config.TRAIN, config.TRAIN.LR_SCHEDULER, config.AUG
-    if train.WARMUP_EPOCHS >= train.EPOCHS:
-        yield (
-            f"{said('TRAIN.WARMUP_EPOCHS')} must be less than {said('TRAIN.EPOCHS')}. "
-            "For a short run give both, such as --opts TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 0."
-        )
-    if scheduler.NAME == "multistep":
-        steps = scheduler.MULTISTEPS
-        if not steps or steps != sorted(set(steps)) or steps[0] < train.WARMUP_EPOCHS:
-            yield (
-                f"{said('TRAIN.LR_SCHEDULER.NAME')} needs rising epochs, none within warm-up, in "
-                f"{said('TRAIN.LR_SCHEDULER.MULTISTEPS')}, such as [150, 225]; {said('TRAIN.WARMUP_EPOCHS')}."
-            )
-    mixing = aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None
-    if mixing and config.DATA.BATCH_SIZE % 2 and not (config.EVAL_MODE or config.THROUGHPUT_MODE):
-        yield (
-            f"{said('DATA.BATCH_SIZE')} must be even, because Mixup and CutMix pair images; or switch them off: "
-            "--opts AUG.MIXUP 0 AUG.CUTMIX 0 AUG.CUTMIX_MINMAX None."
-        )
-    if aug.CUTMIX_MINMAX is not None and aug.CUTMIX_MINMAX[0] > aug.CUTMIX_MINMAX[1]:
-        yield f"{said('AUG.CUTMIX_MINMAX')} must be [least, largest]: swap the two."
-    if not AUTO_AUGMENT.fullmatch(aug.AUTO_AUGMENT):
-        yield f"{said('AUG.AUTO_AUGMENT')} is no policy. Write one such as 'rand-m9-mstd0.5-inc1', or 'none'."
-    if config.DATA.DATASET not in DATASETS and "/" not in config.DATA.DATASET:
-        near = difflib.get_close_matches(config.DATA.DATASET, DATASETS, n=1)
-        yield f"{said('DATA.DATASET')} is not known. " + (
-            f"Did you mean {near[0]}?" if near else f"Use {', '.join(DATASETS)}, or a timm name such as torch/cifar10."
-        )
-    elif config.DATA.ZIP_MODE and config.DATA.DATASET != "imagenet":
-        yield f"{said('DATA.ZIP_MODE')} is for DATASET imagenet only, not {said('DATA.DATASET')}. Change one of them."
-    for key, name in (("MODEL.NAME", config.MODEL.NAME), ("TAG", config.TAG)):
-        if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
-            yield f"{said(key)} names a folder under OUTPUT, so it must be neither empty nor absolute nor contain '..'."
-    if config.EVAL_MODE and config.THROUGHPUT_MODE:
-        yield f"{said('EVAL_MODE')} and {said('THROUGHPUT_MODE')} exclude each other: leave out --eval or --throughput."
-    if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
-        yield f"{said('EVAL_MODE')} needs weights to evaluate: add --resume FILE or --pretrained FILE."
-
-
-def _architecture_contradictions(swin: CfgNode, said: Callable[[str], str]) -> Iterator[str]:
-    depths, heads = said("MODEL.SWIN.DEPTHS"), said("MODEL.SWIN.NUM_HEADS")
-    if not swin.DEPTHS or len(swin.DEPTHS) != len(swin.NUM_HEADS):
-        yield f"{depths} and {heads} must be equally long, one number for each stage."
-    for stage, num_heads in enumerate(swin.NUM_HEADS):
-        width = swin.EMBED_DIM * 2**stage
-        if width % num_heads:
-            yield (
-                f"{heads}: the {width} channels of stage {stage} cannot be divided by {num_heads} heads. "
-                f"Change it, or {said('MODEL.SWIN.EMBED_DIM')}."
-            )
-            break  # the same channels are doubled in each further stage
+    described = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if described is None:
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        advice = f"Near it are {', '.join(near)}." if near else "timm.list_models() names them all."
+        raise UserError(f"{origin}: MODEL.NAME {name!r} is no model of timm {timm.__version__}. {advice}")
+    images: dict[str, object] = {"DATA.IMG_SIZE": described.input_size[-1]}
+    if described.interpolation in CHOICES["DATA.INTERPOLATION"]:
+        images["DATA.INTERPOLATION"] = described.interpolation
+    return images
 
 
 def _say_no_effect(values: dict[str, object], origins: dict[str, str]) -> None:
     """One line for each key without effect that somebody changed, or typed as a flag."""
-    defaults = flatten(_C)
-    for key, why in NO_EFFECT.items():
+    defaults, kind = flatten(_C), values["MODEL.TYPE"]
+    for key, why in (NO_EFFECT | NO_EFFECT_FOR.get(kind, {})).items():
         origin = origins.get(key, "")
-        if values[key] != defaults[key] or origin.startswith("--"):
+        if values[key] != defaults[key] or origin.startswith("--") and key in NO_EFFECT:
             log.warning("%s: %s has no effect here: %s.", origin, key, why)
+    for section in SECTIONS.values():
+        unused = section != SECTIONS.get(kind)
+        changed = [key for key in origins if unused and key.startswith(f"{section}.") and values[key] != defaults[key]]
+        if changed:
+            log.warning(
+                "%s: %s has no effect here: MODEL.TYPE is %s.", origins[changed[0]], ", ".join(sorted(changed)), kind
+            )

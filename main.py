@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--batch-size", metavar="N", key="DATA.BATCH_SIZE", help="images per process and micro-batch")
 
     group = parser.add_argument_group("weights")
-    flag("--pretrained", metavar="FILE", key="MODEL.PRETRAINED", help="start a new run from these weights")
+    flag("--pretrained", metavar="FILE", key="MODEL.PRETRAINED", help="start from this file, URL or released name")
     flag("--resume", metavar="FILE", key="MODEL.RESUME", help="continue the run that saved this checkpoint")
 
     group = parser.add_argument_group("training")

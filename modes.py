@@ -10,18 +10,18 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 import engine
 from config import differences, dump, get_config
-from data.build import TrainBatches, build_datasets, val_batches
+from data.build import TrainBatches, build_datasets, model_inputs, val_batches
 from data.loader import worker_death_named
 from engine import Learner, TrainState
 from lr_scheduler import build_schedule
 from models import build_model
+from models.build import input_channels
 from models.count import count_macs, count_parameters
 from models.weights import load_weights
 from objectives import Classification
@@ -163,7 +163,7 @@ def build_learner(config: CfgNode, process: Process, num_classes: int) -> Learne
         "%s: %.1f M parameters, %.2f G multiply-adds an image; %d process(es) on %s, %s",
         config.MODEL.NAME,
         count_parameters(model) / 1e6,
-        count_macs(model, config.DATA.IMG_SIZE, config.MODEL.SWIN.IN_CHANS) / 1e9,
+        count_macs(model, config.DATA.IMG_SIZE, input_channels(config)) / 1e9,
         process.world_size,
         hardware(),
         describe(amp_dtype),
@@ -247,7 +247,8 @@ def show_first_batch(
 ) -> Iterator[dict]:
     """Draws the first batch as the network gets it, and gives the stream back whole."""
     first = next(stream)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    inputs = model_inputs(config)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (inputs.mean, inputs.std))
     images = first["image"][:32].cpu() * std + mean
     captions = [caption_of(target, class_names) for target in first["target"][:32].cpu()]
     records.add_picture("first_batch", captioned_grid(images, captions))
@@ -297,14 +298,14 @@ def evaluate(config: CfgNode, process: Process) -> None:
     data = build_datasets(config, process)
     learner = build_learner(config, process, data.num_classes)
     source = config.MODEL.RESUME or config.MODEL.PRETRAINED
-    contents = load_pretrained(source, process, learner.bare.model, data.class_names, evaluating=True)
-    val = val_batches(config, data, process)
+    contents, layout = load_pretrained(source, process, learner.bare.model, data.class_names, evaluating=True)
+    val = val_batches(config, data, process, layout)
     learners = {"": contents}
     if contents.get("ema"):
         learners["average of the weights: "] = {"model": contents["ema"]}
     for what, part in learners.items():
         if what:
-            load_weights(learner.bare.model, weights_in(part, source))
+            load_weights(learner.bare.model, weights_in(part, source), source=source)
         figures = engine.evaluate(learner, learner.bare, val)
         if figures["images"] == 0:
             raise UserError(f"DATA.DATA_PATH {config.DATA.DATA_PATH}: no validation image could be read")
@@ -316,8 +317,8 @@ def evaluate(config: CfgNode, process: Process) -> None:
 
 def load_pretrained(
     source: str, process: Process, model: torch.nn.Module, class_names: list[str] | None, evaluating: bool = False
-) -> dict:
-    """Loads weights into `model`, says what became of each, and returns all that the file holds."""
+) -> tuple[dict, str]:
+    """Loads weights into `model`, says what became of each, and returns all that the file holds, and its layout."""
     with first_on_node(process):
         contents = read_checkpoint(source, progress=process.is_main)
     weights, theirs = weights_in(contents, source), contents.get("class_names")
@@ -326,14 +327,14 @@ def load_pretrained(
     elif theirs and class_names and theirs != class_names:
         # As many classes, perhaps, but not the same: the head would mean nothing.
         weights = {name: value for name, value in weights.items() if not name.startswith("head.")}
-    report = load_weights(model, weights, class_names)
-    log.info("weights from %s\n%s", source, report.table())
+    report = load_weights(model, weights, class_names, source)
+    log.info("weights from %s (layout: %s)\n%s", source, report.layout, report.table())
     if evaluating and report.initialised:
         raise UserError(
             f"{source}: has no weights for {', '.join(report.initialised)}: there is nothing to evaluate. Train "
             "them first (--pretrained without --eval), or evaluate on the data these weights were made for"
         )
-    return contents
+    return contents, report.layout
 
 
 def refuse_other_classes(source: str, theirs: list[str] | None, ours: list[str] | None) -> None:
@@ -350,7 +351,7 @@ def refuse_other_classes(source: str, theirs: list[str] | None, ours: list[str] 
 
 def throughput(config: CfgNode, process: Process) -> None:
     """Measures images/s of inference and of training on random images, without reading any data."""
-    size, channels, batch_size = config.DATA.IMG_SIZE, config.MODEL.SWIN.IN_CHANS, config.DATA.BATCH_SIZE
+    size, channels, batch_size = config.DATA.IMG_SIZE, input_channels(config), config.DATA.BATCH_SIZE
     num_classes = config.MODEL.NUM_CLASSES or 1000
     learner = build_learner(config, process, num_classes)
     prepare_for_speed(config, process, learner)

@@ -12,6 +12,7 @@ same model in the plainest loop that makes the same update.
 import argparse
 import io
 import itertools
+import statistics
 import sys
 import time
 import zipfile
@@ -25,9 +26,8 @@ from torch import nn
 from torchvision import transforms
 
 import engine
-from benchmarks.timing import ratio, take_turns
 from config import get_config
-from engine import Learner, TrainState
+from engine import Learner, TrainState, seconds_for
 from models import build_model
 from objectives import Classification
 from optimizer import build_optimizer
@@ -91,6 +91,29 @@ def loop_step(model: nn.Module, images: torch.Tensor, target: torch.Tensor, amp_
     batches = itertools.repeat({"image": images, "target": target, "position": 0})
     updates = engine.train(learner, batches, TrainState(), lambda update: 1e-6, len(images))
     return lambda: next(updates)
+
+
+def take_turns(
+    steps: dict[str, Callable[[], object]], images: int, device: torch.device, seconds: float, turns: int
+) -> dict[str, list[float]]:
+    """Images per second of each of `steps`, which all handle `images` of them, in each of `turns` turns.
+
+    In a turn every candidate runs for about `seconds`; the order is turned round from turn to turn.
+    """
+    times = {}
+    for name, step in steps.items():
+        seconds_for(step, 2, device)  # warm-up
+        times[name] = max(1, round(seconds / seconds_for(step, 1, device)))
+    rates: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns):
+        for name in list(steps)[:: -1 if turn % 2 else 1]:
+            rates[name].append(times[name] * images / seconds_for(steps[name], times[name], device))
+    return rates
+
+
+def ratio(rates: dict[str, list[float]], name: str, other: str) -> float:
+    """How many times as fast `name` is as `other`: the median over the turns."""
+    return statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True))
 
 
 def compare(args: argparse.Namespace, device: torch.device) -> list[str]:

@@ -3,6 +3,7 @@
 B images of a micro-batch, K classes, S image size.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ from data.datasets import Images
 from data.demo import write_demo
 from data.loader import BadImageCount, EvalSamples, TrainSamples, make_loader, started, worker_death_named
 from data.mixing import Mixer
+from data.protocols import ORIGINS, TORCHVISION, Inputs, Protocol, protocol, timm_inputs
 from data.sampler import StreamSampler, eval_indices
-from data.transforms import eval_transform, train_transform
+from data.transforms import train_transform
 from utils.dist import Process, first_on_node
 from utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,18 @@ class TrainBatches:
         """Raises UserError for an odd DATA.BATCH_SIZE with mixing, ValueError if start to stop is not whole updates."""
         if data.train is None:
             raise ValueError("the data were opened for evaluation only")
-        aug, batch_size = config.AUG, config.DATA.BATCH_SIZE
+        aug, batch_size, inputs = config.AUG, config.DATA.BATCH_SIZE, model_inputs(config)
         transform = train_transform(
-            config.DATA.IMG_SIZE, aug.HFLIP, aug.COLOR_JITTER, aug.AUTO_AUGMENT, aug.REPROB, aug.REMODE, aug.RECOUNT,
+            config.DATA.IMG_SIZE,
+            aug.HFLIP,
+            aug.COLOR_JITTER,
+            aug.AUTO_AUGMENT,
+            aug.REPROB,
+            aug.REMODE,
+            aug.RECOUNT,
             config.DATA.INTERPOLATION,
+            inputs.mean,
+            inputs.std,
         )
         samples = TrainSamples(data.train, transform, config.SEED, config.DATA.MAX_BAD_IMAGES)
         self.wait_seconds = 0.0
@@ -151,16 +163,17 @@ class ValBatches:
         bad_images: different images met so far that could not be used, in this process.
     """
 
-    def __init__(self, config: CfgNode, data: Data, process: Process):
+    def __init__(self, config: CfgNode, data: Data, process: Process, layout: str):
         batch_size = config.DATA.BATCH_SIZE
         indices = eval_indices(len(data.val), process.rank, process.world_size)
         batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-        transform = eval_transform(config.DATA.IMG_SIZE, config.TEST.CROP, config.DATA.INTERPOLATION)
+        chosen = _protocol(config, layout)
+        log.info("validation images are prepared as by %s: %s", chosen.origin, chosen.description)
         self._device = process.device
         self._num_workers = min(config.DATA.NUM_WORKERS, len(batches))
         self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "left out")
         self._loader = make_loader(
-            EvalSamples(data.val, transform), batches, self._num_workers, _pin_memory(config, process)
+            EvalSamples(data.val, chosen.transform), batches, self._num_workers, _pin_memory(config, process)
         )
 
     @property
@@ -183,8 +196,35 @@ class ValBatches:
                 yield {"image": image, "target": batch["target"].to(self._device, non_blocking=True)}
 
 
-def val_batches(config: CfgNode, data: Data, process: Process) -> ValBatches:
-    return ValBatches(config, data, process)
+def val_batches(config: CfgNode, data: Data, process: Process, layout: str = "original") -> ValBatches:
+    """The validation images, prepared as TEST.PROTOCOL says; where that is auto, as whoever made the weights does.
+
+    Args:
+        layout: that of the weights to evaluate, as `models.weights.LoadReport` says; "original" for those trained here.
+
+    Raises:
+        UserError: TEST.PROTOCOL does not go with the model.
+    """
+    return ValBatches(config, data, process, layout)
+
+
+def model_inputs(config: CfgNode) -> Inputs:
+    """Mean, standard deviation and the like of the model's images."""
+    return timm_inputs(config.MODEL.NAME, config.DATA.IMG_SIZE) if config.MODEL.TYPE == "timm" else Inputs()
+
+
+def _protocol(config: CfgNode, layout: str) -> Protocol:
+    kind, origin = config.MODEL.TYPE, config.TEST.PROTOCOL
+    if origin == "auto":
+        origin = "timm" if kind == "timm" else layout if layout in ORIGINS else "original"
+    torchvision_name = ""
+    if kind in ("swin", "swinv2"):
+        model = config.MODEL[kind.upper()]
+        torchvision_name = TORCHVISION.get((kind, model.EMBED_DIM, tuple(model.DEPTHS)), "")
+    size, crop, interpolation = config.DATA.IMG_SIZE, config.TEST.CROP, config.DATA.INTERPOLATION
+    if origin != "original" and not crop:
+        log.warning("TEST.CROP False has no effect: images are prepared as by %s (see TEST.PROTOCOL)", origin)
+    return protocol(origin, size, crop, interpolation, model_inputs(config), torchvision_name)
 
 
 def _mixer(config: CfgNode, num_classes: int) -> Mixer | None:
@@ -192,8 +232,16 @@ def _mixer(config: CfgNode, num_classes: int) -> Mixer | None:
     if aug.MIXUP <= 0 and aug.CUTMIX <= 0 and aug.CUTMIX_MINMAX is None:
         return None
     return Mixer(
-        config.SEED, config.DATA.BATCH_SIZE, num_classes, aug.MIXUP, aug.CUTMIX, aug.CUTMIX_MINMAX, aug.MIXUP_PROB,
-        aug.MIXUP_SWITCH_PROB, aug.MIXUP_MODE, config.MODEL.LABEL_SMOOTHING,
+        config.SEED,
+        config.DATA.BATCH_SIZE,
+        num_classes,
+        aug.MIXUP,
+        aug.CUTMIX,
+        aug.CUTMIX_MINMAX,
+        aug.MIXUP_PROB,
+        aug.MIXUP_SWITCH_PROB,
+        aug.MIXUP_MODE,
+        config.MODEL.LABEL_SMOOTHING,
     )
 
 

@@ -1,6 +1,6 @@
 """The original recipe's transforms: from an RGB picture to a normalised (3, S, S) float32 tensor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 from timm.data import create_transform
@@ -24,6 +24,8 @@ def train_transform(
     re_mode: str,
     re_count: int,
     interpolation: str,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> Transform:
     """Random resized crop (area 0.08–1, ratio 3/4–4/3), flip, RandAugment or colour jitter, normalise, random erasing.
 
@@ -36,6 +38,7 @@ def train_transform(
         auto_augment: timm's policy string, or "none".
         re_prob, re_mode, re_count: random erasing: probability, "const", "rand" or "pixel", regions.
         interpolation: "random" draws bilinear or bicubic for each image.
+        mean, std: of the normalisation, for values of 0 to 1.
     """
     transform = create_transform(
         input_size=size,
@@ -47,29 +50,39 @@ def train_transform(
         re_mode=re_mode,
         re_count=re_count,
         interpolation=interpolation,
+        mean=tuple(mean),
+        std=tuple(std),
     )
     if size <= SMALL:
-        to_size = transforms.Resize(size, interpolation=_mode(interpolation))  # leaves images of that size alone
+        to_size = transforms.Resize(size, interpolation_mode(interpolation))  # leaves images of that size alone
         transform.transforms[:1] = [to_size, transforms.RandomCrop(size, padding=4)]
     return transform
 
 
-def eval_transform(size: int, crop: bool, interpolation: str) -> Transform:
+def eval_transform(
+    size: int,
+    crop: bool,
+    interpolation: str,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> Transform:
     """Resize to 256/224 of `size` and centre crop, or with `crop` False to `size` × `size`; then normalise.
 
     Up to 32 pixels there is no enlarging before the crop: an image of the right size passes unchanged.
     """
-    mode = _mode(interpolation)
-    if size <= SMALL:
-        geometry = [transforms.Resize(size, interpolation=mode), transforms.CenterCrop(size)]
-    elif crop:
-        geometry = [transforms.Resize(int(256 / 224 * size), interpolation=mode), transforms.CenterCrop(size)]
+    mode = interpolation_mode(interpolation)
+    if size <= SMALL or crop:
+        geometry = [transforms.Resize(original_resize(size), interpolation=mode), transforms.CenterCrop(size)]
     else:
         geometry = [transforms.Resize((size, size), interpolation=mode)]
-    normalise = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return transforms.Compose([*geometry, transforms.ToTensor(), normalise])
+    return transforms.Compose([*geometry, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
-def _mode(interpolation: str) -> InterpolationMode:
+def original_resize(size: int) -> int:
+    """The short side to which the original recipe resizes images before it crops their centre."""
+    return size if size <= SMALL else int(256 / 224 * size)
+
+
+def interpolation_mode(interpolation: str) -> InterpolationMode:
     """torchvision's name of it; "random", which only training knows, is bilinear here as in the original."""
     return InterpolationMode.BILINEAR if interpolation == "random" else InterpolationMode(interpolation)

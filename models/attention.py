@@ -5,25 +5,75 @@ Shapes: `B` batch, `H W` token grid, `C` channels, `nW` windows, `N` tokens in a
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.ops import window_attention
+from models.ops.reference import additive_term
 from models.window import ShiftedWindows, relative_position_index
 
+RELATIVE = ("added", "none", "alone")  # what `WindowAttention` can make of relative positions
 
-class WindowAttention(nn.Module):
+
+class ShiftedWindowAttention(nn.Module):
+    """What V1 and V2 have in common: cut the map into windows, attend within each, put the map together again.
+
+    A subclass has `qkv`, `proj` and `proj_drop` and says what attention is, in `attend`.
+
+    Args:
+        num_heads: nH.
+        map_size: (H, W) of the maps to expect.
+        window: side of a window, in tokens; shrinks to the map where that is smaller.
+        shifted: whether the windows are displaced by half their side.
+        attn_drop: dropout of the attention weights.
+        impl: how it is computed, see `models.ops.window_attention`.
+    """
+
+    def __init__(
+        self, num_heads: int, map_size: tuple[int, int], window: int, shifted: bool, attn_drop: float, impl: str
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.impl = impl
+        self.windows = ShiftedWindows(map_size, window, shifted)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, H, W, C)."""
+        height, width = x.shape[1:3]
+        windows, mask = self.windows.split(x)  # (B, nW, N, C)
+        out = self.attend(windows, mask, self.attn_drop if self.training else 0.0)
+        out = self.proj_drop(self.proj(out.transpose(2, 3).flatten(3)))  # (B, nW, N, C)
+        return self.windows.join(out, height, width)
+
+    def attend(self, windows: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+        """What the heads read: windows (B, nW, N, C) and mask (nW, N, N) or None to (B, nW, nH, N, d)."""
+        raise NotImplementedError
+
+    def heads(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """Splits (B, nW, N, parts · C), such as queries, keys and values, into parts of (B, nW, nH, N, d)."""
+        parts = projected.shape[-1] // self.proj.in_features
+        return projected.unflatten(-1, (parts, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
+
+    def by_pair(self, table: Tensor) -> Tensor:
+        """(nH, N, N): for each pair of tokens what a table ((2·window-1)², nH) says of their offset."""
+        index = self.relative_position_index
+        bias = table[index.flatten()].unflatten(0, index.shape)  # (N, N, nH)
+        return bias.permute(2, 0, 1).contiguous()  # every window reads it: once in order here, not each time
+
+
+class WindowAttention(ShiftedWindowAttention):
     """W-MSA, or SW-MSA where shifted, with a learnt bias for each relative position (section 3.2, equation 4).
 
     Args:
         dim: C.
         num_heads: nH, a divisor of C.
-        map_size: (H, W) of the maps to expect.
-        window: side of a window, in tokens; shrinks to the map where that is smaller.
-        shifted: whether the windows are displaced by half their side.
+        map_size, window, shifted, attn_drop, impl: see `ShiftedWindowAttention`.
         qkv_bias: whether the projections to queries, keys and values have a bias.
         qk_scale: factor of the products of queries and keys; None for d^-0.5.
-        attn_drop: dropout of the attention weights.
         proj_drop: dropout of the output.
-        impl: how it is computed, see `models.ops.window_attention`.
+        relative: what becomes of the relative position bias (the ablations of table 4): "added" to the scaled products
+            of queries and keys; "none", there is no bias; "alone", it is all there is: attention depends on positions
+            and not on what stands there, and `qkv` projects to values only.
     """
 
     def __init__(
@@ -38,34 +88,35 @@ class WindowAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         impl: str = "auto",
+        relative: str = "added",
     ):
-        super().__init__()
-        self.num_heads = num_heads
+        super().__init__(num_heads, map_size, window, shifted, attn_drop, impl)
+        if relative not in RELATIVE:
+            raise ValueError(f"relative is {relative!r}, not one of {', '.join(RELATIVE)}")
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
-        self.attn_drop = attn_drop
-        self.impl = impl
-        self.windows = ShiftedWindows(map_size, window, shifted)
+        self.relative = relative
         window = self.windows.window  # shrunk, perhaps
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        if relative == "none":
+            self.register_buffer("no_bias", torch.zeros(num_heads, window**2, window**2), persistent=False)
+        else:
+            self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
+            nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+            self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+        self.qkv = nn.Linear(dim, dim if relative == "alone" else 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def relative_position_bias(self) -> Tensor:
         """(nH, N, N), read from the table."""
-        index = self.relative_position_index
-        bias = self.relative_position_bias_table[index.flatten()].unflatten(0, index.shape)  # (N, N, nH)
-        return bias.permute(2, 0, 1).contiguous()  # every window reads it: once in order here, not each time
+        return self.no_bias if self.relative == "none" else self.by_pair(self.relative_position_bias_table)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to (B, H, W, C)."""
-        height, width = x.shape[1:3]
-        windows, mask = self.windows.split(x)  # (B, nW, N, C)
-        qkv = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1))  # (B, nW, N, 3, nH, d)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # (B, nW, nH, N, d) each
-        dropout_p = self.attn_drop if self.training else 0.0
-        out = window_attention(q, k, v, self.relative_position_bias(), mask, self.scale, dropout_p, self.impl)
-        out = self.proj_drop(self.proj(out.transpose(2, 3).flatten(3)))  # (B, nW, N, C)
-        return self.windows.join(out, height, width)
+    def attend(self, windows: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+        projected = self.heads(self.qkv(windows))
+        bias = self.relative_position_bias()
+        if self.relative == "alone":
+            (v,) = projected
+            scores = additive_term(bias, mask)  # ([nW,] nH, N, N), the same for every image
+            weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1)
+            return F.dropout(weights.expand(*v.shape[:3], -1, -1), dropout_p).to(v.dtype) @ v
+        q, k, v = projected
+        return window_attention(q, k, v, bias, mask, self.scale, dropout_p, self.impl)

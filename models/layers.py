@@ -10,8 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 def init_linear(module: nn.Module) -> None:
-    """Initialises a linear layer as the released models were: weights normal (0.02, cut at ±2), biases zero."""
-    if isinstance(module, nn.Linear):
+    """Initialises a linear layer as the released models were: weights normal (0.02, cut at ±2), biases zero.
+
+    A Conv1d of length 1, as in Swin-MLP, is a linear layer too; the Conv2d of the patch embedding keeps PyTorch's.
+    """
+    if isinstance(module, nn.Linear | nn.Conv1d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -54,12 +57,17 @@ class PatchMerging(nn.Module):
     """Halves the map and doubles its channels (section 3.1): (B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, 2C).
 
     A map with an odd side is padded with zeros at the bottom or on the right.
+
+    Args:
+        dim: C.
+        norm_last: whether the LayerNorm follows the linear layer, as everywhere in V2, or precedes it.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, norm_last: bool = False):
         super().__init__()
+        self.norm_last = norm_last
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = nn.LayerNorm(2 * dim if norm_last else 4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         down, right = x.shape[1] % 2, x.shape[2] % 2
@@ -67,7 +75,7 @@ class PatchMerging(nn.Module):
             x = F.pad(x, (0, 0, 0, right, 0, down))
         # The four tokens of a 2×2 square, down the columns first: that order is learnt into the weights.
         x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], dim=-1)  # (B, H/2, W/2, 4C)
-        return self.reduction(self.norm(x))
+        return self.norm(self.reduction(x)) if self.norm_last else self.reduction(self.norm(x))
 
 
 class Mlp(nn.Module):

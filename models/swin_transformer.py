@@ -6,18 +6,18 @@ Shapes: `B` batch, `H W` token grid, `C` channels. Token maps are (B, H, W, C).
 
 from collections.abc import Sequence
 
-import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models.attention import WindowAttention
-from models.layers import Mlp, PatchEmbed, PatchMerging, Stage, init_linear, resize_grid
+from models.backbone import Backbone
+from models.layers import Mlp
 
 
 class SwinTransformerBlock(nn.Module):
     """Window attention, then an MLP, each after a LayerNorm and around a shortcut (section 3.2, equation 3)."""
 
-    def __init__(self, dim: int, attention: WindowAttention, mlp_ratio: float, drop: float, drop_path: float):
+    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float, drop: float, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attention
@@ -31,27 +31,20 @@ class SwinTransformerBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class SwinTransformer(nn.Module):
-    """The network: patch embedding, stages of blocks, pooling, linear classifier (section 3, figure 3, table 7).
+class SwinTransformer(Backbone):
+    """V1 and the ablations of its Table 4 (section 3, figure 3, table 7).
 
     Args:
-        img_size: side of the images to expect, in pixels; others are padded and masked as needed.
-        patch_size: side of a patch, in pixels.
-        in_chans: channels of the images.
-        num_classes: outputs of the classifier; 0 for none, the network then gives pooled features.
-        embed_dim: C of the first stage; each further stage doubles it.
-        depths: blocks of each stage.
+        img_size, patch_size, in_chans, num_classes, embed_dim, depths, drop_path_rate, ape, patch_norm,
+            use_checkpoint: see `Backbone`.
         num_heads: heads of each stage.
         window_size: side of a window, in tokens.
         mlp_ratio: width of the MLP over C.
-        qkv_bias, qk_scale: see `WindowAttention`.
+        qkv_bias, qk_scale, relative: see `WindowAttention`.
         drop_rate: dropout after the embedding, the attention's output and in the MLP.
         attn_drop_rate: dropout of the attention weights.
-        drop_path_rate: share of samples for which the last block is skipped; rises linearly from 0 at the first.
-        ape: whether a learnt absolute position embedding is added to the patches.
-        patch_norm: whether a LayerNorm follows the patch embedding.
-        use_checkpoint: compute blocks again in the backward pass instead of keeping what they computed.
         attn: how attention is computed, see `models.ops.window_attention`.
+        shift: whether every second block shifts its windows.
     """
 
     def __init__(
@@ -74,104 +67,32 @@ class SwinTransformer(nn.Module):
         patch_norm: bool = True,
         use_checkpoint: bool = False,
         attn: str = "auto",
+        shift: bool = True,
+        relative: str = "added",
     ):
-        super().__init__()
-        self.depths = tuple(depths)
-        side = -(-img_size // patch_size)  # of the token map, rounded up as the embedding pads
-        self.map_size = (side, side)
-        if ape:
-            self.absolute_pos_embed = nn.Parameter(torch.empty(1, side * side, embed_dim))
-            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
-        else:
-            self.absolute_pos_embed = None
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, patch_norm)
-        self.pos_drop = nn.Dropout(drop_rate)
-        self.layers = nn.ModuleList()
-        last_block = max(sum(depths) - 1, 1)
-        for i, depth in enumerate(depths):
-            dim = embed_dim * 2**i
-            blocks: list[nn.Module] = []
-            for j in range(depth):
-                attention = WindowAttention(
-                    dim,
-                    num_heads[i],
-                    (side, side),
-                    window_size,
-                    shifted=j % 2 == 1,
-                    qkv_bias=qkv_bias,
-                    qk_scale=qk_scale,
-                    attn_drop=attn_drop_rate,
-                    proj_drop=drop_rate,
-                    impl=attn,
-                )
-                drop_path = drop_path_rate * (sum(depths[:i]) + j) / last_block
-                blocks.append(SwinTransformerBlock(dim, attention, mlp_ratio, drop_rate, drop_path))
-            downsample = PatchMerging(dim) if i < len(depths) - 1 else None
-            self.layers.append(Stage(blocks, downsample, use_checkpoint))
-            side = -(-side // 2)
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        self.apply(init_linear)
+        def make_block(
+            stage: int, dim: int, map_size: tuple[int, int], shifted: bool, drop_path: float
+        ) -> SwinTransformerBlock:
+            attention = WindowAttention(
+                dim,
+                num_heads[stage],
+                map_size,
+                window_size,
+                shifted=shifted and shift,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                attn_drop=attn_drop_rate,
+                proj_drop=drop_rate,
+                impl=attn,
+                relative=relative,
+            )
+            return SwinTransformerBlock(dim, attention, mlp_ratio, drop_rate, drop_path)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, height, width) to the first token map (B, H, W, C), with positions if they are learnt.
-
-        Position embeddings learnt on another map are resampled bicubically.
-        """
-        x = self.patch_embed(x)
-        if self.absolute_pos_embed is not None:
-            size = tuple(x.shape[1:3])
-            x = x + resize_grid(self.absolute_pos_embed[0], self.map_size, size).unflatten(0, size)
-        return self.pos_drop(x)
-
-    def forward_features(self, x: Tensor, out_indices: Sequence[int] | None = None) -> Tensor | list[Tensor]:
-        """What the stages make of images (B, in_chans, height, width).
-
-        Args:
-            out_indices: the stages wanted, counted from 0, as a pyramid for dense prediction; None for the last
-                stage alone, normalised, as the classifier takes it.
-
-        Returns:
-            The last map (B, H, W, C); or, with `out_indices`, for each of them the map (B, C, H, W) before its patch
-            merging and without a norm, of stride 4, 8, 16, 32 for stages 0 to 3 and patches of 4.
-
-        Raises:
-            ValueError: no such stage.
-        """
-        if out_indices is not None and not all(0 <= i < len(self.layers) for i in out_indices):
-            raise ValueError(f"out_indices {tuple(out_indices)}: stages are counted from 0 to {len(self.layers) - 1}")
-        x = self.embed(x)
-        if out_indices is None:
-            for layer in self.layers:
-                _, x = layer(x)
-            return self.norm(x)
-        stages = []
-        for layer in self.layers[: max(out_indices, default=-1) + 1]:
-            features, x = layer(x)
-            stages.append(features.permute(0, 3, 1, 2))
-        return [stages[i] for i in out_indices]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, height, width) to logits (B, num_classes), or pooled features (B, C) without a head."""
-        return self.head(self.forward_features(x).mean(dim=(1, 2)))
+        super().__init__(
+            make_block, img_size, patch_size, in_chans, num_classes, embed_dim, depths, drop_rate, drop_path_rate, ape,
+            patch_norm, use_checkpoint,
+        )  # fmt: skip
 
     def no_weight_decay(self) -> set[str]:
         """Parts of the names of the matrices that are exempt from weight decay."""
-        return {"absolute_pos_embed", "relative_position_bias_table"}
-
-    @property
-    def num_layer_depths(self) -> int:
-        """How many different values `layer_depth` has: the embedding, each block, and what follows the last."""
-        return sum(self.depths) + 2
-
-    def layer_depth(self, name: str) -> int:
-        """How deep the parameter `name` lies, from 0, for learning rates that fall towards the input."""
-        parts = name.split(".")
-        if parts[0] in ("absolute_pos_embed", "patch_embed"):
-            return 0
-        if parts[0] != "layers":
-            return self.num_layer_depths - 1
-        stage = int(parts[1])
-        if parts[2] == "downsample":
-            return sum(self.depths[: stage + 1])
-        return sum(self.depths[:stage]) + int(parts[3]) + 1
+        return super().no_weight_decay() | {"relative_position_bias_table"}

@@ -1,4 +1,5 @@
-"""Putting given weights into a model: what fits is loaded, other sizes are resized by rule, the rest is refused.
+"""Putting given weights into a model: their layout is recognised, what fits is loaded, other sizes are resized by rule,
+the rest is refused.
 
 Works on state dicts in memory; files are read elsewhere. Shapes: `nH` heads, `C` channels.
 """
@@ -12,22 +13,36 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from models.layers import resize_grid
+from models.layouts import (
+    COORDINATES,
+    DERIVED,
+    LEAST_SHARE,
+    ORIGINAL,
+    from_original,
+    recognise,
+    share_of,
+    to_original,
+    without_prefix,
+)
 from utils.errors import UserError
 
-DERIVED = ("relative_position_index", "attn_mask", "relative_coords_table")  # computed from the configuration
 BIAS_TABLE = "relative_position_bias_table"
 POSITIONS = "absolute_pos_embed"
-HEAD = ("head.weight", "head.bias")
+FLOAT = torch.empty(0)  # what a classifier is, whether or not the model has one
 
 
 @dataclass
 class LoadReport:
-    """What became of every tensor, by name; beside the name, in brackets, what was done and why."""
+    """What became of every tensor, by its name in the model; in brackets behind it, what was done and why.
+
+    `layout` says whose the weights are: original (and this project's own), timm, torchvision, hf, or unknown.
+    """
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     initialised: list[str] = field(default_factory=list)
+    layout: str = "unknown"
 
     def table(self) -> str:
         """One line for each group and, but for those that were simply loaded, one for each tensor. For the log."""
@@ -41,21 +56,27 @@ class LoadReport:
 
 
 def load_weights(
-    model: nn.Module, state_dict: dict[str, Tensor], class_names: Sequence[str] | None = None
+    model: nn.Module,
+    state_dict: dict[str, Tensor],
+    class_names: Sequence[str] | None = None,
+    source: str = "these weights",
 ) -> LoadReport:
     """Loads `state_dict` into `model`, all of it or, where anything is unexpected, nothing.
 
+    - Weights in another layout than the model's are translated; a prefix before their names is removed.
     - Derived buffers are dropped, whatever their size.
+    - What stands beside the model in a larger program is dropped, if it is less than a twentieth of all.
     - Bias tables and absolute position embeddings made for another window or image size are resized bicubically.
     - A classifier for the 21,841 classes of ImageNet-22K becomes one for ImageNet-1K, class by class.
     - A classifier for other classes is not loaded: the model's starts from zeros.
     - A classifier that the model lacks is dropped; one that the weights lack stays as it was initialised.
 
     Args:
-        model: has the names of the released checkpoints; changed in place.
-        state_dict: name to tensor; left as it is.
+        model: changed in place.
+        state_dict: name to tensor, in any layout of `models.layouts`; left as it is.
         class_names: the model's classes in the order of its outputs. ImageNet synsets ("n01440764", …) let the
             classifier of ImageNet-22K be used; without names, 1,000 outputs are taken for those of ImageNet-1K.
+        source: what messages call the weights.
 
     Returns:
         What was loaded, resized, dropped and initialised.
@@ -63,37 +84,85 @@ def load_weights(
     Raises:
         UserError: tensors that are missing, unknown, or of a shape that no rule above covers; names them.
     """
-    own = model.state_dict()
+    own, head = model.state_dict(), _head_of(model)
     report = LoadReport()
+    given, beside = _in_the_layout_of(own, state_dict, report, source)
     new: dict[str, Tensor] = {}
     wrong: list[str] = []
-    for name, value in state_dict.items():
-        if name.rpartition(".")[2] in DERIVED:
-            report.dropped.append(f"{name} (derived from the configuration)")
-        elif name not in own and name not in HEAD:
+    for name, value in given.items():
+        if name not in own and name.rpartition(".")[2] in DERIVED:
+            report.dropped.append(f"{name} ({_why_derived(name, value, model)})")
+        elif name not in own and name in beside:
+            report.dropped.append(f"{name} (beside the model)")
+        elif name not in own and name not in head:
             wrong.append(f"{name} is not in the model")
-        elif not isinstance(value, Tensor) or not value.is_floating_point():
+        elif not isinstance(value, Tensor) or value.is_floating_point() != own.get(name, FLOAT).is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            wrong.append(f"{name} is {kind}, not a tensor of floating-point numbers")
-        elif name in HEAD:
-            continue  # placed below, weight and bias together
-        elif value.shape == own[name].shape:
-            new[name] = value
-            report.loaded.append(name)
-        else:
-            resized = _resize(name, value, own[name])
-            if resized is None:
-                wrong.append(f"{name} has shape {_shape(value)}, the model has {_shape(own[name])}")
-            else:
-                new[name] = resized
-                report.resized.append(f"{name} ({_shape(value)} -> {_shape(resized)}, bicubic)")
-    wrong.extend(f"{name} is missing" for name in own if name not in state_dict and name not in HEAD)
+            wrong.append(f"{name} is {kind}, not a tensor of {own.get(name, FLOAT).dtype} or the like")
+        elif name not in head:  # placed below, weight and bias together
+            wrong.extend(_place(name, value, own[name], new, report))
+    wrong.extend(f"{name} is missing" for name in own if name not in given and name not in head)
+    share = share_of(given, {*new, *head})
+    if share < LEAST_SHARE:
+        wrong.extend(f"{name} is not in the model" for name in given if name in beside and name not in own)
     if not wrong:
-        wrong.extend(_place_head(own, state_dict, class_names, new, report))
+        wrong.extend(_place_head(head, own, given, class_names, new, report))
     if wrong:
-        raise UserError(_refusal(wrong))
+        raise UserError(_refusal(source, report.layout, share, wrong))
     model.load_state_dict(new, strict=True)
     return report
+
+
+def _head_of(model: nn.Module) -> tuple[str, str]:
+    """Names of the classifier's weight and bias; timm's models say theirs."""
+    name = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+    return f"{name}.weight", f"{name}.bias"
+
+
+def _in_the_layout_of(
+    own: dict[str, Tensor], state_dict: dict[str, Tensor], report: LoadReport, source: str
+) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """The weights by the names that `own` has for them, and the names that may not belong to them; notes the layout."""
+    try:
+        found = without_prefix(state_dict)
+        wanted, _ = recognise(own)
+        given = found.weights
+        if found.layout is not None:
+            report.layout = found.layout.origin
+            if wanted is not None and wanted is not found.layout:
+                given = to_original(found)
+                given = given if wanted is ORIGINAL else from_original(given, wanted)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    return given, found.outside
+
+
+def _place(name: str, value: Tensor, own: Tensor, new: dict[str, Tensor], report: LoadReport) -> list[str]:
+    """Adds to `new` and `report` what becomes of one tensor. Returns what is wrong with it, if anything."""
+    if value.shape == own.shape:
+        new[name] = value
+        report.loaded.append(name)
+        return []
+    resized = _resize(name, value, own)
+    if resized is None:
+        return [f"{name} has shape {_shape(value)}, the model has {_shape(own)}"]
+    new[name] = resized
+    report.resized.append(f"{name} ({_shape(value)} -> {_shape(resized)}, bicubic)")
+    return []
+
+
+def _why_derived(name: str, value: object, model: nn.Module) -> str:
+    """Why a tensor that no model learns is dropped; and that windows differ, where nothing else tells."""
+    here = dict(model.named_buffers()).get(name)
+    if name.endswith(".k_bias"):
+        return "cosine attention has no key bias: it had no effect"
+    if name.endswith(COORDINATES) and here is not None and isinstance(value, Tensor) and value.numel() != here.numel():
+        there, ours = ((math.isqrt(table.numel() // 2) + 1) // 2 for table in (value, here))
+        return (
+            f"windows of {there} there, {ours} here: the continuous bias needs no resizing, "
+            "MODEL.SWINV2.PRETRAINED_WINDOW_SIZES says in which units it is read"
+        )
+    return "derived from the configuration"
 
 
 def imagenet_22k_rows(class_names: Sequence[str]) -> list[int] | None:
@@ -127,6 +196,7 @@ def _resize(name: str, value: Tensor, own: Tensor) -> Tensor | None:
 
 
 def _place_head(
+    head: tuple[str, str],
     own: dict[str, Tensor],
     given: dict[str, Tensor],
     class_names: Sequence[str] | None,
@@ -134,28 +204,28 @@ def _place_head(
     report: LoadReport,
 ) -> list[str]:
     """Adds to `new` and `report` what becomes of the classifier. Returns what is wrong with it, if anything."""
-    present = [name for name in HEAD if name in given]
-    if HEAD[0] not in own:
+    present = [name for name in head if name in given]
+    if head[0] not in own:
         report.dropped.extend(f"{name} (the model has no classifier)" for name in present)
         return []
     if not present:
-        new.update({name: own[name] for name in HEAD})
-        report.initialised.extend(f"{name} (not among the weights, left as it was initialised)" for name in HEAD)
+        new.update({name: own[name] for name in head})
+        report.initialised.extend(f"{name} (not among the weights, left as it was initialised)" for name in head)
         return []
     if len(present) == 1:
-        return [f"{present[0]} comes without the other of {' and '.join(HEAD)}"]
-    weight, bias = (given[name] for name in HEAD)
-    classes = own[HEAD[0]].shape[0]
-    if weight.ndim != 2 or weight.shape[1] != own[HEAD[0]].shape[1] or bias.shape != weight.shape[:1]:
-        return [f"head.weight {_shape(weight)} and head.bias {_shape(bias)} do not fit {_shape(own[HEAD[0]])}"]
+        return [f"{present[0]} comes without the other of {' and '.join(head)}"]
+    weight, bias = (given[name] for name in head)
+    classes = own[head[0]].shape[0]
+    if weight.shape[1:] != own[head[0]].shape[1:] or bias.shape != weight.shape[:1]:
+        return [f"{head[0]} {_shape(weight)} and {head[1]} {_shape(bias)} do not fit {_shape(own[head[0]])}"]
     if weight.shape[0] == classes:
-        new.update({name: given[name] for name in HEAD})
-        report.loaded.extend(HEAD)
+        new.update({name: given[name] for name in head})
+        report.loaded.extend(head)
         return []
     rows = None
     if weight.shape[0] == 21841 and classes == 1000:
         rows = imagenet_22k_rows(class_names or ImageNetInfo("imagenet-1k").label_names())
-    for name in HEAD:
+    for name in head:
         change = f"{_shape(given[name])} -> {_shape(own[name])}"
         if rows is None:
             new[name] = torch.zeros_like(own[name])
@@ -170,15 +240,17 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
 
 
-def _refusal(wrong: list[str]) -> str:
+def _refusal(source: str, layout: str, share: float, wrong: list[str]) -> str:
     shown = [f"  {line}" for line in wrong[:20]]
     if len(wrong) > len(shown):
         shown.append(f"  … and {len(wrong) - len(shown)} more")
     return "\n".join(
         [
-            "These weights do not fit the model; nothing was loaded:",
+            f"{source} (layout: {layout}): do not fit the model; nothing was loaded. {share:.1%} of the parameters "
+            "have a place in it. The first differences:",
             *shown,
-            "Set MODEL.TYPE and MODEL.SWIN.* (EMBED_DIM, DEPTHS, NUM_HEADS, APE, …) to the model that the weights were "
-            "made for, or give other weights to --pretrained or --resume.",
+            "Set MODEL.TYPE and the keys of the architecture (MODEL.SWIN.* or MODEL.SWINV2.*: EMBED_DIM, DEPTHS, "
+            "NUM_HEADS, APE, …) to the model that the weights were made for, or give other weights to --pretrained or "
+            "--resume.",
         ]
     )

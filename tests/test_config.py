@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 import config as config_module
-from config import CHOICES, INTERVALS, SCHEMA, differences, get_config
+from config import SCHEMA, differences, get_config
 from utils.config_merge import Override, flatten
+from utils.config_rules import CHOICES, INTERVALS
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,7 +221,7 @@ def test_no_bool_for_an_int_and_no_int_for_a_bool_from_yaml(write):
         ("DATA.CACHE_MODE", "all", "no, part, full"),
         ("TRAIN.OPTIMIZER.NAME", "fused_lamb", "adamw, sgd"),
         ("AMP_DTYPE", "fp16", "float16"),
-        ("MODEL.TYPE", "swinv2", "swin"),
+        ("MODEL.TYPE", "resnet", "swin, swinv2, swin_mlp, timm"),
     ],
 )
 def test_out_of_range(key, value, wanted):

@@ -16,6 +16,7 @@ from tests._swin import (
     from_timm,
     logits_and_gradients,
     name_here,
+    released_names,
     small,
     spread,
     timm_swin,
@@ -151,17 +152,10 @@ BLOCK += ["mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"]
 
 def test_names_and_order_of_the_parameters():
     """Those of the released checkpoints: optimizer states, too, go by this order."""
-    expected = ["absolute_pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]
-    expected += ["patch_embed.norm.weight", "patch_embed.norm.bias"]
-    for i, depth in enumerate((2, 2, 6, 2)):
-        expected += [f"layers.{i}.blocks.{j}.{name}" for j in range(depth) for name in BLOCK]
-        if i < 3:
-            expected += [f"layers.{i}.downsample.{name}" for name in ("reduction.weight", "norm.weight", "norm.bias")]
-    expected += ["norm.weight", "norm.bias", "head.weight", "head.bias"]
     with torch.device("meta"):
         model = SwinTransformer(ape=True)
-    assert [name for name, _ in model.named_parameters()] == expected
-    assert list(model.state_dict()) == expected  # derived buffers are not saved
+    assert [name for name, _ in model.named_parameters()] == released_names(BLOCK)
+    assert list(model.state_dict()) == released_names(BLOCK)  # derived buffers are not saved
     assert model.absolute_pos_embed.shape == (1, 56 * 56, 96)
     assert model.layers[2].blocks[0].attn.relative_position_bias_table.shape == (169, 12)
 
@@ -343,9 +337,8 @@ def test_build_reads_every_key():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"MODEL__TYPE": "swinv2"}, "MODEL.TYPE 'swinv2' is not yet supported"),
-        ({"MODEL__TYPE": "timm"}, "MODEL.TYPE 'timm' is not yet supported"),
-        ({"MODEL__TYPE": "resnet"}, "MODEL.TYPE 'resnet' is not known.*'swin'"),
+        ({"MODEL__TYPE": "resnet"}, "MODEL.TYPE 'resnet' is not known.*swin, swinv2, swin_mlp, timm"),
+        ({"MODEL__TYPE": "swinv2", "MODEL__SWINV2__DEPTHS": [2, 2]}, "MODEL.SWINV2.DEPTHS.*MODEL.SWINV2.NUM_HEADS"),
         ({"MODEL__ATTN": "flash"}, "MODEL.ATTN 'flash'.*auto, reference, sdpa"),
         ({"MODEL__SWIN__DEPTHS": [2, 2]}, "MODEL.SWIN.DEPTHS.*MODEL.SWIN.NUM_HEADS"),
         ({"MODEL__SWIN__EMBED_DIM": 100}, "3 heads.*100 channels of stage 0.*MODEL.SWIN.EMBED_DIM"),

@@ -4,22 +4,24 @@ A checkpoint is a dict of plain values and tensors; `docs/FORMATS.md` lists its 
 Swin code are read too: they contain a pickled yacs config, which becomes a plain dict.
 """
 
-import hashlib
 import logging
 import pickletools
 import re
-import urllib.error
 import zipfile
 import zlib
 from collections import OrderedDict
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
+from utils.download import fetch
 from utils.errors import TrainingDiverged, UserError
 from utils.files import TEMPORARY, link_atomically, write_atomically
 
 log = logging.getLogger(__name__)
+
+SAFETENSORS = ".safetensors"
 
 # Classes that training programs pickle beside their weights. They are read as a dict: their code is never run, and
 # the unpickler accepts this one type of mapping.
@@ -28,16 +30,21 @@ _HARMLESS_GLOBAL = re.compile(r"(collections\.OrderedDict|torch\._utils\._rebuil
 
 
 def read_checkpoint(source: str, progress: bool = False) -> dict:
-    """The contents of a checkpoint, on the CPU.
+    """The contents of a checkpoint, or of a file of safetensors, on the CPU.
 
     Args:
-        source: a path or an http(s) URL, with `#sha256=HEX` behind it where the contents are to be verified.
+        source: a path, a name of `python -m tools.models` or a URL, see `utils.download.fetch`.
         progress: show the download.
 
     Raises:
         UserError: missing, damaged, not a checkpoint, a wrong digest, or a pickle that names code to run.
     """
     path = fetch(source, progress)
+    if _is_safetensors(path):
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(_why_unreadable(path, error)) from error
     _require_whole(path)
     try:
         with torch.serialization.safe_globals(_READ_AS_DICT):
@@ -53,37 +60,44 @@ def weights_in(contents: dict, source: str) -> dict[str, torch.Tensor]:
     """The state dict in a checkpoint: under `model` or `state_dict`, or the file as a whole.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or not all of its numbers are finite.
     """
     weights = contents.get("model", contents.get("state_dict", contents))
     if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{source}: no weights found; its entries are {', '.join(map(str, list(contents)[:8]))}")
-    return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    weights = {str(name): value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    broken = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 1} more" if broken[1:] else ""
+        raise UserError(f"{source}: {broken[0]}{more}: not all values are finite. Take another copy, or an earlier one")
+    return weights
 
 
-def fetch(source: str, progress: bool = False) -> Path:
-    """The local path of `source`, downloaded into torch's hub folder where it is a URL, and verified if it says how."""
-    location, _, digest = source.partition("#sha256=")
-    if re.match(r"https?://", location):
-        path = Path(torch.hub.get_dir()) / "checkpoints" / location.rsplit("/", 1)[-1].split("?")[0]
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            log.info("downloading %s to %s", location, path)
-            try:
-                torch.hub.download_url_to_file(location, str(path), progress=progress)
-            except (urllib.error.URLError, OSError, ValueError) as error:
-                raise UserError(
-                    f"{location}: download failed ({error}). Bring the file here by other means and give its path"
-                ) from error
-    else:
-        path = Path(location)
-        if not path.is_file():
-            raise UserError(f"{location}: no such file. Give the path or the URL of a checkpoint")
-    if digest:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != digest.lower():
-            raise UserError(f"{path}: SHA-256 is {found}, not {digest} as asked for. Delete it to download it again")
-    return path
+def write_weights(path: Path, weights: dict[str, torch.Tensor], key: str = "") -> None:
+    """Writes a state dict: in the format of safetensors where the path ends so, else in that of PyTorch.
+
+    Args:
+        key: the entry of a PyTorch file that is to hold the state dict; "" for a file that is the state dict.
+
+    Raises:
+        UserError: the disk is full or not writable; what was there before is unharmed.
+    """
+    # Each tensor on its own: of a view, PyTorch would write all that it is a view of, and safetensors refuses it.
+    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
+    try:
+        if path.suffix == SAFETENSORS:
+            data = safetensors.torch.save(weights, metadata={"format": "pt"})
+            write_atomically(path, lambda file: file.write(data))
+        else:
+            write_atomically(path, lambda file: torch.save({key: weights} if key else weights, file))
+    except (OSError, RuntimeError) as error:  # torch.save wraps a write error in a RuntimeError
+        raise UserError(f"{path}: could not be written ({error}). Make room, or give another place") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name, or by its beginning: eight bytes of length, then a text in JSON."""
+    with open(path, "rb") as file:
+        return path.suffix == SAFETENSORS or file.read(9)[8:] == b"{"
 
 
 def _require_whole(path: Path) -> None:

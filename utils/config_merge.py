@@ -85,6 +85,15 @@ class Kind:
         return value
 
 
+class UnknownKey(UserError):
+    """There is no key of this name; who gave it is told too."""
+
+    def __init__(self, message: str, key: str, origin: str):
+        super().__init__(message)
+        self.key = key
+        self.origin = origin
+
+
 def flatten(config: CfgNode) -> dict[str, object]:
     """The leaves of the tree by their full key, in the order of declaration."""
     leaves = {}
@@ -110,7 +119,10 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def refuse_unknown(key: str, origin: str, schema: dict[str, Kind]) -> None:
-    """Raises UserError unless `key` is a leaf of the configuration; a section or a misspelt key gets its own advice."""
+    """Raises UserError unless `key` is a leaf of the configuration; a section or a misspelt key gets its own advice.
+
+    For what is neither key nor section it is `UnknownKey`.
+    """
     if key in schema:
         return
     inside = [name for name in schema if name.startswith(f"{key}.")]
@@ -119,7 +131,7 @@ def refuse_unknown(key: str, origin: str, schema: dict[str, Kind]) -> None:
     sections = {name.rpartition(".")[0] for name in schema} - {""}
     guess = nearest(key, [*schema, *sections])
     advice = f"Did you mean {guess}?" if guess else "All keys stand in config.py, each with a comment."
-    raise UserError(f"{origin}: there is no key {key}. {advice}")
+    raise UnknownKey(f"{origin}: there is no key {key}. {advice}", key, origin)
 
 
 def pair_up(opts: Sequence[object]) -> list[Override]:
