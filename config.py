@@ -214,6 +214,16 @@ def dump(config: CfgNode) -> str:
     return to_yaml(config)
 
 
+def parse(text: str, origin: str) -> CfgNode:
+    """The configuration that `dump` wrote, out of the file `origin`.
+
+    Raises:
+        UserError: it was written by a version with other keys.
+    """
+    values = flatten(CfgNode.load_cfg(text))
+    return get_config(None, flags=[Override(key, value, origin) for key, value in values.items() if key != "BASE"])
+
+
 def differences(old: CfgNode, new: CfgNode) -> list[tuple[str, object, object]]:
     """(key, old value, new value) wherever two configs would compute something different; see BOOKKEEPING."""
     old_values, new_values = flatten(old), flatten(new)

@@ -77,6 +77,7 @@ class Learner:
         return {
             "model": self.bare.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_name": type(self.optimizer).__name__,
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.model.state_dict(),
         }
@@ -89,6 +90,8 @@ class Learner:
         """
         self.bare.model.load_state_dict(saved["model"])
         own = self.optimizer.state_dict()
+        if saved["optimizer_name"] != type(self.optimizer).__name__:
+            raise ValueError(f"its optimizer is {saved['optimizer_name']}, not {type(self.optimizer).__name__}")
         if [group["names"] for group in own["param_groups"]] != [
             group["names"] for group in saved["optimizer"]["param_groups"]
         ]:

@@ -60,6 +60,7 @@ def load_weights(
     state_dict: dict[str, Tensor],
     class_names: Sequence[str] | None = None,
     source: str = "these weights",
+    trained_on: Sequence[str] | None = None,
 ) -> LoadReport:
     """Loads `state_dict` into `model`, all of it or, where anything is unexpected, nothing.
 
@@ -77,6 +78,8 @@ def load_weights(
         class_names: the model's classes in the order of its outputs. ImageNet synsets ("n01440764", …) let the
             classifier of ImageNet-22K be used; without names, 1,000 outputs are taken for those of ImageNet-1K.
         source: what messages call the weights.
+        trained_on: the classes that the weights were made for, where they say so. As many classes that are others make
+            the classifier start from zeros too.
 
     Returns:
         What was loaded, resized, dropped and initialised.
@@ -106,7 +109,8 @@ def load_weights(
     if share < LEAST_SHARE:
         wrong.extend(f"{name} is not in the model" for name in given if name in beside and name not in own)
     if not wrong:
-        wrong.extend(_place_head(head, own, given, class_names, new, report))
+        other = bool(trained_on and class_names and list(trained_on) != list(class_names))
+        wrong.extend(_place_head(head, own, given, class_names, new, report, other))
     if wrong:
         raise UserError(_refusal(source, report.layout, share, wrong))
     model.load_state_dict(new, strict=True)
@@ -202,6 +206,7 @@ def _place_head(
     class_names: Sequence[str] | None,
     new: dict[str, Tensor],
     report: LoadReport,
+    other_classes: bool,
 ) -> list[str]:
     """Adds to `new` and `report` what becomes of the classifier. Returns what is wrong with it, if anything."""
     present = [name for name in head if name in given]
@@ -218,12 +223,12 @@ def _place_head(
     classes = own[head[0]].shape[0]
     if weight.shape[1:] != own[head[0]].shape[1:] or bias.shape != weight.shape[:1]:
         return [f"{head[0]} {_shape(weight)} and {head[1]} {_shape(bias)} do not fit {_shape(own[head[0]])}"]
-    if weight.shape[0] == classes:
+    if weight.shape[0] == classes and not other_classes:
         new.update({name: given[name] for name in head})
         report.loaded.extend(head)
         return []
     rows = None
-    if weight.shape[0] == 21841 and classes == 1000:
+    if weight.shape[0] == 21841 and classes == 1000:  # also when the weights name their classes: by synset
         rows = imagenet_22k_rows(class_names or ImageNetInfo("imagenet-1k").label_names())
     for name in head:
         change = f"{_shape(given[name])} -> {_shape(own[name])}"

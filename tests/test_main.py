@@ -275,6 +275,20 @@ def test_another_configuration_in_the_same_folder(job, recipe: Path):
     assert checkpoint(recipe)["state"]["samples"] == 2 * TRAIN
     code, said = job(*longer, "TRAIN.AUTO_RESUME", "False")
     assert code == 2 and "TRAIN.AUTO_RESUME is off" in said
+    (run_folder(recipe) / "config.yaml").unlink()
+    assert job(*longer, "SEED", "9")[0] == 2, "the checkpoint itself says what it belongs to"
+    code, said = job("--accept-changes", *longer, "DATA.BATCH_SIZE", "14")
+    assert code == 2 and "no whole number of updates at 14 images" in said
+    assert job(*longer)[0] == 0, "what was refused has changed nothing"
+    code, said = job("--accept-changes", "--optim", "sgd", *longer)
+    assert code == 2 and "its optimizer is AdamW, not SGD" in said
+
+
+def test_how_a_run_ended_stands_in_its_log(job, recipe: Path):
+    code, said = job("--opts", "TRAIN.BASE_LR", "1e30", "TRAIN.MAX_BAD_STEPS", "2")
+    assert code == 3
+    log = (run_folder(recipe) / "log.txt").read_text()
+    assert "ERROR" in log and "updates in a row" in log and "epoch 0." in log
 
 
 def test_explicit_resume_wins_over_the_folder(job, recipe: Path):
@@ -283,6 +297,13 @@ def test_explicit_resume_wins_over_the_folder(job, recipe: Path):
     code, said = job("--resume", str(first))
     assert code == 0 and f"continuing from {first}, after 48 images" in said
     assert checkpoint(recipe)["state"]["samples"] == 17 * BATCH
+    # The same command again goes on from what it made of it, instead of beginning there once more.
+    code, said = job("--resume", str(first))
+    assert code == 0 and "this run is complete" in said
+    # In a folder of its own too, and only with the configuration of the checkpoint.
+    code, said = job("--resume", str(first), "--tag", "copy", "--opts", "SEED", "5")
+    assert code == 2 and "SEED: 0 there, 5 now" in said
+    assert not (run_folder(recipe, "copy") / "config.yaml").exists()
 
 
 def test_fine_tuning_on_other_classes_and_another_window(job, recipe: Path, images: Path, tmp_path: Path):
@@ -298,7 +319,7 @@ def test_fine_tuning_on_other_classes_and_another_window(job, recipe: Path, imag
     words = ["--tag", "tuned", "--pretrained", str(weights), "--opts", *short, "MODEL.SWIN.WINDOW_SIZE", "8"]
     code, said = job(*words, data=others)
     assert code == 0, said
-    assert "bicubic" in said and "head.weight" in said
+    assert "bicubic" in said and "head.weight" in said and "other classes: starts from zeros" in said
     assert checkpoint(recipe, "tuned")["class_names"] == ["a", "b", "c"]
     code, said = job("--eval", "--pretrained", str(weights), data=others)
     assert code == 2 and "other classes" in said

@@ -13,6 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from utils.errors import UserError
+from utils.records import read_records
 
 
 def draw(folder: Path, picture: Path) -> None:
@@ -24,7 +25,7 @@ def draw(folder: Path, picture: Path) -> None:
     source = folder / "metrics.jsonl"
     if not source.is_file():
         raise UserError(f"{source}: no such file. Give the folder of a run, such as logs/demo/default")
-    records = [json.loads(line) for line in source.read_text().splitlines()]
+    records = read_records(folder)
     train = [record for record in records if record["kind"] == "train" and record["loss"] is not None]
     epochs = [record for record in records if record["kind"] == "epoch"]
     if not epochs:
@@ -41,19 +42,24 @@ def draw(folder: Path, picture: Path) -> None:
     if "ema_acc1" in epochs[-1]:
         right.plot(done, [r["ema_acc1"] for r in epochs], marker=".", label="top-1 of the averaged weights")
     right.set(xlabel="epoch", ylabel="% of validation images")
-    for samples in restarts(folder):
+    for number, samples in enumerate(restarts(folder)):
         for axes in (left, right):
-            axes.axvline(samples / per_epoch, color="grey", ls="--", lw=0.8, label="started again")
+            label = None if number else "started again"
+            axes.axvline(samples / per_epoch, color="grey", ls="--", lw=0.8, label=label)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(f"{folder}: top-1 {epochs[-1]['acc1']:.2f} % after {epochs[-1]['epoch']} epochs", fontsize=10)
-    figure.savefig(picture, dpi=110)
+    try:
+        figure.savefig(picture, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{picture}: cannot be written ({error}). Give a path that ends in .png or .svg") from error
 
 
 def restarts(folder: Path) -> list[int]:
     """The clock at each start that continued the run."""
-    starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    notes = folder / "starts.jsonl"
+    starts = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
     return [start["samples"] for start in starts if start["samples"] > 0]
 
 

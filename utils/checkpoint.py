@@ -206,8 +206,8 @@ class CheckpointFolder:
                     old.unlink()
         except (OSError, RuntimeError) as error:  # torch.save wraps a write error in a RuntimeError
             raise UserError(
-                f"{self.last}: could not be written ({error}). Earlier checkpoints are unharmed; make room or give "
-                "another --output, and start again"
+                f"{self.last}: could not be written ({_root_cause(error)}). Earlier checkpoints are unharmed; make room "
+                "or give another --output, and start again"
             ) from error
 
     def numbered(self) -> list[Path]:
@@ -230,6 +230,13 @@ class CheckpointFolder:
         if candidates:
             raise UserError(f"{self.folder}: none of its checkpoints can be read. Start anew with another --tag")
         return None
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """What the file system said; torch.save raises an error of its own while that one is on its way."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
 
 
 def _require_finite(contents: object, where: str = "") -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 from termcolor import colored
 from tqdm import tqdm
 
+# For what the terminal shows in another way, such as a progress bar: `log.info(text, extra=FILE_ONLY)`.
+FILE_ONLY = {"file_only": True}
+
 _COLOURS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
 
@@ -14,13 +17,15 @@ class _Terminal(logging.Handler):
     """Writes above a progress bar, if there is one, in colour where the terminal shows it."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "file_only", False):
+            return
         try:
             text = self.format(record)
             colour = _COLOURS.get(record.levelno)
             tqdm.write(colored(text, colour) if colour else text, file=sys.stdout)
             sys.stdout.flush()
-        except (OSError, ValueError):  # a closed pipe must not stop a training run
-            self.handleError(record)
+        except BrokenPipeError:  # whoever read along has gone; the run and its log file go on
+            logging.getLogger().removeHandler(self)
 
 
 def set_up(rank: int) -> None:

@@ -8,35 +8,45 @@ import time
 import torch
 from tqdm import tqdm
 
+from utils.logger import FILE_ONLY
+
 log = logging.getLogger(__name__)
 
 
 class Progress:
     """Says how a run goes on. `total` and `done` are counted in images."""
 
-    def __init__(self, total: int, done: int, epoch_samples: int):
+    def __init__(self, total: int, done: int, epochs: int, epoch_samples: int):
         self.total = total
+        self.epochs = epochs
         self.epoch_samples = epoch_samples
         self._begun = time.time()
         self._begun_at = done
         self._bar = None
         if sys.stdout.isatty():
             self._bar = tqdm(
-                total=total, initial=done, unit="img", unit_scale=True, file=sys.stdout, dynamic_ncols=True, leave=False
+                total=total,
+                initial=done,
+                file=sys.stdout,
+                dynamic_ncols=True,
+                leave=False,
+                bar_format="{desc} |{bar:20}| {postfix}",
             )
 
     def say(self, done: int, figures: dict[str, float]) -> None:
         """Shows `figures` of the last few updates, the epoch, and the wall-clock time of the end of the whole run."""
-        epochs = f"epoch {done / self.epoch_samples:.2f}/{self.total / self.epoch_samples:.0f}"
+        epoch = f"epoch {min(done / self.epoch_samples, self.epochs):.2f}/{self.epochs}"
         text = (
-            f"{epochs}  loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  grad {figures['grad_norm']:.2f}  "
+            f"loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  grad {figures['grad_norm']:.2f}  "
             f"{figures['images_per_second']:,.0f} img/s  data wait {figures['data_wait']:.1%}  "
-            f"{figures['memory_gib']:.1f} GiB  done {self.end(done)}"
+            f"{figures['memory_gib']:.1f} GiB"
         )
         if self._bar is None:
-            log.info(text)
+            log.info("%s  %s  done %s", epoch, text, self.end(done))
         else:
-            self._bar.set_description_str(text, refresh=False)
+            log.info("%s  %s  done %s", epoch, text, self.end(done), extra=FILE_ONLY)
+            self._bar.set_description_str(f"{epoch}  done {self.end(done)}", refresh=False)
+            self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._bar.n)
 
     def end(self, done: int) -> str:

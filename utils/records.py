@@ -26,7 +26,7 @@ class Records:
         """Opens the records of the run in `folder` and forgets all after `samples` images, `update` updates."""
         self._jsonl = folder / "metrics.jsonl"
         self._csv = folder / "summary.csv"
-        kept = [record for record in _read(self._jsonl) if record["samples"] <= samples]
+        kept = [record for record in read_records(folder) if record["samples"] <= samples]
         write_text(self._jsonl, "".join(json.dumps(record) + "\n" for record in kept))
         self.epochs = [record for record in kept if record["kind"] == "epoch"]
         self._write_summary()
@@ -66,14 +66,15 @@ class Records:
         write_text(self._csv, text.getvalue())
 
 
-def _read(path: Path) -> list[dict]:
-    """The records in the file; a last line cut short by a killed process is left out."""
-    if not path.exists():
-        return []
+def read_records(folder: Path) -> list[dict]:
+    """The records of the run in `folder`. What is no record, such as a line cut short by a kill, is left out."""
+    path = folder / "metrics.jsonl"
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict) and {"kind", "update", "samples"} <= record.keys():
+            records.append(record)
     return records

@@ -61,7 +61,8 @@ def choose(impl: str, device_type: str, needs_gradients: bool) -> str:
     chosen = impl
     if impl == "auto":
         chosen = "reference" if device_type == "meta" or (device_type == "cpu" and needs_gradients) else "sdpa"
-    _log_once(impl, chosen, device_type, "training" if needs_gradients else "inference")
+    if device_type != "meta":
+        _log_once(impl, chosen, device_type, "training" if needs_gradients else "inference")
     return chosen
 
 

@@ -1,0 +1,96 @@
+"""What every mode builds: the model with its objective and optimizer, and weights put into it."""
+
+import inspect
+import logging
+
+import torch
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+from engine import Learner
+from models import build_model
+from models.build import input_channels
+from models.count import count_macs, count_parameters
+from models.weights import load_weights
+from objectives import Classification
+from optimizer import build_optimizer
+from utils.checkpoint import read_checkpoint, weights_in
+from utils.dist import Process, first_on_node
+from utils.errors import UserError
+from utils.precision import choose_amp_dtype, describe
+from utils.run_folder import hardware
+from utils.seed import seed_cpu
+
+log = logging.getLogger(__name__)
+
+
+def build_learner(config: CfgNode, process: Process, num_classes: int) -> Learner:
+    """The model with random weights, its objective and its optimizer, on this process's device."""
+    seed_cpu(config.SEED)
+    model = build_model(config, num_classes).to(process.device)
+    objective = Classification(model, config.MODEL.LABEL_SMOOTHING)
+    amp_dtype = choose_amp_dtype(config.AMP_ENABLE, config.AMP_DTYPE, process.device)
+    log.info(
+        "%s: %.3g M parameters, %.3g G multiply-adds an image; %d process(es) on %s, %s",
+        config.MODEL.NAME,
+        count_parameters(model) / 1e6,
+        count_macs(model, config.DATA.IMG_SIZE, input_channels(config)) / 1e9,
+        process.world_size,
+        hardware(),
+        describe(amp_dtype),
+    )
+    return Learner(
+        objective,
+        build_optimizer(config, model),
+        torch.amp.GradScaler(process.device.type, enabled=amp_dtype is torch.float16),
+        process.device,
+        amp_dtype,
+        accumulation=config.TRAIN.ACCUMULATION_STEPS,
+        clip_grad=config.TRAIN.CLIP_GRAD,
+        max_bad_steps=config.TRAIN.MAX_BAD_STEPS,
+        seed=config.SEED,
+        ema=ModelEmaV3(objective, decay=config.TRAIN.EMA_DECAY) if config.TRAIN.EMA_DECAY > 0 else None,
+    )
+
+
+def prepare_for_speed(config: CfgNode, process: Process, learner: Learner) -> None:
+    """Compiles the model and wraps the objective for several processes. Names of parameters stay as they are."""
+    if config.TRAIN.COMPILE:
+        learner.bare.model.compile()
+    if process.world_size > 1:
+        device_ids = [process.device.index] if process.device.type == "cuda" else None
+        # The buffers (masks, indices) are the same everywhere and never change; torch 2.14 renamed the option.
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        learner.objective = DistributedDataParallel(
+            learner.objective, device_ids=device_ids, gradient_as_bucket_view=True, **{sync: False}
+        )
+
+
+def load_pretrained(
+    source: str, process: Process, model: torch.nn.Module, class_names: list[str] | None, evaluating: bool = False
+) -> tuple[dict, str]:
+    """Loads weights into `model`, says what became of each, and returns all that the file holds, and its layout."""
+    with first_on_node(process):
+        contents = read_checkpoint(source, progress=process.is_main)
+    weights, theirs = weights_in(contents, source), contents.get("class_names")
+    if evaluating:
+        refuse_other_classes(source, theirs, class_names)
+    report = load_weights(model, weights, class_names, source, trained_on=theirs)
+    log.info("weights from %s (layout: %s)\n%s", source, report.layout, report.table())
+    if evaluating and report.initialised:
+        raise UserError(
+            f"{source}: has no weights for {', '.join(report.initialised)}: there is nothing to evaluate. Train "
+            "them first (--pretrained without --eval), or evaluate on the data these weights were made for"
+        )
+    return contents, report.layout
+
+
+def refuse_other_classes(source: str, theirs: list[str] | None, ours: list[str] | None) -> None:
+    if theirs and ours and theirs != ours:
+        first = next((pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1]), (len(theirs), len(ours)))
+        raise UserError(
+            f"{source}: was trained on other classes than the data's: {first[0]} there, {first[1]} here. "
+            "Give the data it was trained on, or start a new run from its weights with --pretrained"
+        )
