@@ -206,8 +206,8 @@ class CheckpointFolder:
                     old.unlink()
         except (OSError, RuntimeError) as error:  # torch.save wraps a write error in a RuntimeError
             raise UserError(
-                f"{self.last}: could not be written ({_root_cause(error)}). Earlier checkpoints are unharmed; make room "
-                "or give another --output, and start again"
+                f"{self.last}: could not be written ({_root_cause(error)}). Earlier checkpoints are unharmed; make "
+                "room or give another --output, and start again"
             ) from error
 
     def numbered(self) -> list[Path]:
