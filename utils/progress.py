@@ -30,7 +30,7 @@ class Progress:
                 file=sys.stdout,
                 dynamic_ncols=True,
                 leave=False,
-                bar_format="{desc} |{bar:20}| {postfix}",
+                bar_format="|{bar:20}| {desc}",
             )
 
     def say(self, done: int, figures: dict[str, float]) -> None:
@@ -45,8 +45,7 @@ class Progress:
             log.info("%s  %s  done %s", epoch, text, self.end(done))
         else:
             log.info("%s  %s  done %s", epoch, text, self.end(done), extra=FILE_ONLY)
-            self._bar.set_description_str(f"{epoch}  done {self.end(done)}", refresh=False)
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_description_str(f"{epoch}  done {self.end(done)}  {text}", refresh=False)
             self._bar.update(done - self._bar.n)
 
     def end(self, done: int) -> str:
