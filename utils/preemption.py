@@ -1,13 +1,9 @@
 """Being asked to stop: a scheduler's SIGTERM or SIGUSR1 to any one process, on which all processes agree."""
 
-import logging
 import signal
 
 import torch
 import torch.distributed as dist
-
-log = logging.getLogger(__name__)
-
 
 class StopRequest:
     """Turns SIGTERM and SIGUSR1 into a question that all processes answer alike after each update.
