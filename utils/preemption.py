@@ -5,6 +5,7 @@ import signal
 import torch
 import torch.distributed as dist
 
+
 class StopRequest:
     """Turns SIGTERM and SIGUSR1 into a question that all processes answer alike after each update.
 
