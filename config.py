@@ -19,6 +19,7 @@ from utils.config_rules import (
     NO_EFFECT,
     NO_EFFECT_FOR,
     NOT_YET,
+    SAME_RESULT,
     SECTIONS,
     check_each,
     contradictions,
@@ -36,9 +37,10 @@ _C.BASE = [""]  # files to start from, relative to the one that names them; only
 _C.DATA = CfgNode()
 _C.DATA.BATCH_SIZE = 128  # images per process and micro-batch; even where Mixup or CutMix is on
 _C.DATA.DATA_PATH = ""  # folder of the data set
-_C.DATA.DATASET = "imagenet"  # imagenet (folder or --zip) | imagenet22K | demo | a timm name: torch/…, hfds/…
+_C.DATA.DATASET = "imagenet"  # imagenet (folder or --zip) | imagenet22K | packed | demo | a timm name: torch/…
 _C.DATA.IMG_SIZE = 224  # side of the square input, pixels; not given for a model of timm: what timm says
 _C.DATA.INTERPOLATION = "bicubic"  # of resizing: bicubic | bilinear | random (either, for each training image)
+_C.DATA.BACKEND = "auto"  # who prepares images: auto (fast where it can be built) | reference | fast | device
 _C.DATA.ZIP_MODE = False  # read train.zip and val.zip with their map files instead of an image folder
 _C.DATA.CACHE_MODE = "part"  # of the zip files: no (read as needed) | part (each process reads its share ahead) | full
 _C.DATA.PIN_MEMORY = True  # collect batches in page-locked memory, which a GPU copies from without waiting
@@ -230,7 +232,9 @@ def differences(old: CfgNode, new: CfgNode) -> list[tuple[str, object, object]]:
     return [
         (key, old_values[key], new_values[key])
         for key in SCHEMA
-        if key not in BOOKKEEPING and old_values[key] != new_values[key]
+        if key not in BOOKKEEPING
+        and old_values[key] != new_values[key]
+        and not {str(old_values[key]), str(new_values[key])} <= SAME_RESULT.get(key, frozenset())
     ]
 
 

@@ -5,19 +5,24 @@ B images of a micro-batch, K classes, S image size.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from data import datasets
 from data.checks import check_imagenet_order, check_num_classes, check_same_classes
 from data.datasets import Images
 from data.demo import write_demo
-from data.loader import BadImageCount, EvalSamples, TrainSamples, make_loader, started, worker_death_named
+from data.fast import DeviceTrain, prepare_eval, prepare_train
+from data.loader import BadImageCount, BatchLoader, EvalSamples, TrainSamples, worker_death_named
 from data.mixing import Mixer
+from data.packed import LAYOUT as LAYOUT_PACKED
+from data.packed import open_packed
 from data.protocols import ORIGINS, TORCHVISION, Inputs, Protocol, protocol, timm_inputs
 from data.sampler import StreamSampler, eval_indices
 from data.transforms import train_transform
@@ -52,7 +57,7 @@ def build_datasets(config: CfgNode, process: Process) -> Data:
     what = f"DATA.DATA_PATH {root}"
     if train is not None:
         check_same_classes(train.class_names, val.class_names, train.num_classes, val.num_classes, what)
-    if config.DATA.DATASET == "imagenet":
+    if config.DATA.DATASET in ("imagenet", "packed"):
         for images, split in ((train, "train"), (val, "val")):
             if images is not None and images.class_names is not None:
                 check_imagenet_order(images.class_names, f"{what}, {split}")
@@ -63,7 +68,7 @@ def build_datasets(config: CfgNode, process: Process) -> Data:
 
 def _data_path(config: CfgNode) -> Path:
     name, path = config.DATA.DATASET, config.DATA.DATA_PATH
-    layouts = {"imagenet": datasets.LAYOUT_FOLDER, "imagenet22K": datasets.LAYOUT_22K}
+    layouts = {"imagenet": datasets.LAYOUT_FOLDER, "imagenet22K": datasets.LAYOUT_22K, "packed": LAYOUT_PACKED}
     layout = datasets.LAYOUT_ZIP if config.DATA.ZIP_MODE else layouts.get(name, "{root}, a folder to download to")
     if not path:
         raise UserError(f"DATA.DATA_PATH is empty: give --data-path DIR. Expected {layout.format(root='DIR')}.")
@@ -81,6 +86,8 @@ def _open(config: CfgNode, root: Path, split: str, process: Process) -> Images:
         return datasets.open_zip(root, split, mode, process.local_rank, process.local_world_size)
     if name == "demo":
         write_demo(root)
+    if name == "packed":
+        return open_packed(root, split)
     if name in ("imagenet", "demo"):
         return datasets.open_folder(root, split)
     if name == "imagenet22K":
@@ -97,6 +104,7 @@ class TrainBatches:
     Attributes:
         wait_seconds: time spent waiting for batches so far.
         bad_images: different images met so far that could not be used, in this process.
+        loader: what gives batches in the memory of this machine, before anything is on the device.
     """
 
     def __init__(self, config: CfgNode, data: Data, process: Process, start_samples: int, stop_samples: int):
@@ -116,17 +124,19 @@ class TrainBatches:
             inputs.mean,
             inputs.std,
         )
-        samples = TrainSamples(data.train, transform, config.SEED, config.DATA.MAX_BAD_IMAGES)
+        prepare = prepare_train(config.DATA.BACKEND, transform)
+        self._augment = prepare.augment if isinstance(prepare, DeviceTrain) else None
+        samples = TrainSamples(data.train, prepare, config.SEED, config.DATA.MAX_BAD_IMAGES)
         self.wait_seconds = 0.0
         self._batch_size = batch_size
-        self._device = process.device
         self._num_workers = config.DATA.NUM_WORKERS
         self._mixer = _mixer(config, data.num_classes)
         self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "replaced by the next good one")
         self._sampler = StreamSampler(
             len(data.train), config.SEED, batch_size, process.rank, process.world_size, start_samples, stop_samples
         )
-        self._loader = make_loader(samples, self._sampler, self._num_workers, _pin_memory(config, process))
+        on_device = self._augment is not None
+        self.loader = _batch_loader(config, process, samples, self._sampler, self._num_workers, on_device)
 
     @property
     def bad_images(self) -> int:
@@ -137,7 +147,7 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor | int]]:
         """Raises UserError when a worker dies or images are bad beyond DATA.MAX_BAD_IMAGES."""
-        with started(self._loader) as batches:
+        with self.loader.started() as batches:
             for position in self._sampler.positions:
                 asked = time.perf_counter()
                 with worker_death_named(self._num_workers):
@@ -146,8 +156,9 @@ class TrainBatches:
                 self._bad.add(batch["bad"])
                 if len(batch["target"]) < self._batch_size:
                     raise UserError("DATA.DATA_PATH: not one of the training images can be read.")
-                image = batch["image"].to(self._device, non_blocking=True)
-                target = batch["target"].to(self._device, non_blocking=True)
+                image, target = self.loader.to_device(batch)
+                if self._augment is not None:
+                    image = self._augment(image, batch["draws"])
                 if self._mixer is not None:
                     image, target = self._mixer(image, target, position)
                 yield {"image": image, "target": target, "position": position}
@@ -161,6 +172,7 @@ class ValBatches:
 
     Attributes:
         bad_images: different images met so far that could not be used, in this process.
+        loader: what gives batches in the memory of this machine, before anything is on the device.
     """
 
     def __init__(self, config: CfgNode, data: Data, process: Process, layout: str):
@@ -169,31 +181,29 @@ class ValBatches:
         batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
         chosen = _protocol(config, layout)
         log.info("validation images are prepared as by %s: %s", chosen.origin, chosen.description)
-        self._device = process.device
         self._num_workers = min(config.DATA.NUM_WORKERS, len(batches))
         self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "left out")
-        self._loader = make_loader(
-            EvalSamples(data.val, chosen.transform), batches, self._num_workers, _pin_memory(config, process)
-        )
+        samples = EvalSamples(data.val, prepare_eval(config.DATA.BACKEND, chosen.transform))
+        self.loader = _batch_loader(config, process, samples, batches, self._num_workers)
 
     @property
     def bad_images(self) -> int:
         return len(self._bad.seen)
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Raises UserError when a worker dies or images are bad beyond DATA.MAX_BAD_IMAGES."""
-        with started(self._loader) as batches:
-            for _ in range(len(self._loader)):
+        with self.loader.started() as batches:
+            for _ in range(len(self.loader)):
                 with worker_death_named(self._num_workers):
                     batch = next(batches)
                 self._bad.add(batch["bad"])
                 if batch["image"] is None:
                     continue
-                image = batch["image"].to(self._device, non_blocking=True)
-                yield {"image": image, "target": batch["target"].to(self._device, non_blocking=True)}
+                image, target = self.loader.to_device(batch)
+                yield {"image": image, "target": target}
 
 
 def val_batches(config: CfgNode, data: Data, process: Process, layout: str = "original") -> ValBatches:
@@ -245,5 +255,15 @@ def _mixer(config: CfgNode, num_classes: int) -> Mixer | None:
     )
 
 
-def _pin_memory(config: CfgNode, process: Process) -> bool:
-    return config.DATA.PIN_MEMORY and process.device.type == "cuda"
+def _batch_loader(
+    config: CfgNode,
+    process: Process,
+    samples: Dataset,
+    keys: Sequence[list] | StreamSampler,
+    num_workers: int,
+    on_device: bool = False,
+) -> BatchLoader:
+    """`on_device`: images are sent as bytes, for the device to augment."""
+    size, pin_memory = config.DATA.IMG_SIZE, config.DATA.PIN_MEMORY and process.device.type == "cuda"
+    shape, dtype = ((size, size, 3), torch.uint8) if on_device else ((3, size, size), torch.float32)
+    return BatchLoader(samples, keys, num_workers, process.device, pin_memory, config.DATA.BATCH_SIZE, shape, dtype)

@@ -26,13 +26,15 @@ class BadImage(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def decode(source: bytes | Image.Image, path: str) -> Image.Image:
-    """Decodes `source` (an encoded file, or a picture that some library opened already) to mode RGB, height × width.
+def decode(source: bytes | np.ndarray | Image.Image, path: str) -> Image.Image:
+    """Decodes `source` (an encoded file, a picture that some library opened already, or (H, W, 3) uint8) to mode RGB.
 
     Raises:
         BadImage: truncated, corrupt, not an image, so large that it is a decompression bomb (Pillow's limit,
             178 million pixels), or with pixel values whose range is unknown (32-bit, floating point).
     """
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
     try:
         picture = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source), formats=FORMATS)
         picture.load()

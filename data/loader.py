@@ -7,9 +7,10 @@ import logging
 import random
 import re
 import signal
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from data.datasets import Images
-from data.decode import BadImage, decode
-from data.transforms import Transform
+from data.decode import BadImage
+from data.fast import Prepare
+from data.sampler import StreamSampler
+from data.slots import AHEAD, SlotKeys, Slots, SlotSamples, received, stacked
 from utils.errors import UserError
 from utils.seed import derive, seed_cpu
 
@@ -28,50 +31,65 @@ _WORKER_DIED = re.compile(r"DataLoader worker \(pid")
 
 
 class Sample(NamedTuple):
-    """image: (3, S, S), None where there was none to be had; bad: "path: reason" of what was met on the way."""
+    """image: (3, S, S), None where there was none to be had; bad: "path: reason" of what was met on the way.
+
+    For the backend device the image is (S, S, 3) uint8, and `draws` says what is still to be done to it.
+    """
 
     image: Tensor | None
     label: int
     bad: list[str]
+    draws: np.ndarray | None = None
 
 
 class TrainSamples(Dataset):
     """Augmented samples by key (epoch, index): a pure function of (seed, key), whoever computes it."""
 
-    def __init__(self, images: Images, transform: Transform, seed: int, max_bad: int):
+    def __init__(self, images: Images, prepare: Prepare, seed: int, max_bad: int):
         self.images = images
-        self.transform = transform
+        self.prepare = prepare
         self.seed = seed
         self.max_bad = max_bad
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Image `index`, or where it is bad the next good one with its own label, passing over `max_bad` at most."""
+        return self.make(key, None)
+
+    def make(self, key: tuple[int, int], out: Tensor | None) -> Sample:
+        """Image `index`, or where it is bad the next good one with its own label, passing over `max_bad` at most.
+
+        Args:
+            out: memory that may be used for the image, to save copying it there.
+        """
         epoch, index = key
         bad: list[str] = []
         for step in range(min(self.max_bad + 1, len(self.images))):
             i = (index + step) % len(self.images)
             try:
                 source, label = self.images.read(i)
-                picture = decode(source, self.images.path(i))
+                with _draws_from(derive(self.seed, "augment", epoch, index)):
+                    made = self.prepare(source, self.images.path(i), out)
+                image, draws = made if isinstance(made, tuple) else (made, None)
+                return Sample(image, label, bad, draws)
             except BadImage as error:
                 bad.append(str(error))
-                continue
-            with _draws_from(derive(self.seed, "augment", epoch, index)):
-                return Sample(self.transform(picture), label, bad)
         return Sample(None, -1, bad)
 
 
 class EvalSamples(Dataset):
     """Samples by number, without any draw; a bad image is left out."""
 
-    def __init__(self, images: Images, transform: Transform):
+    def __init__(self, images: Images, prepare: Prepare):
         self.images = images
-        self.transform = transform
+        self.prepare = prepare
 
     def __getitem__(self, i: int) -> Sample:
+        return self.make(i, None)
+
+    def make(self, i: int, out: Tensor | None) -> Sample:
+        """`out`: as for TrainSamples."""
         try:
             source, label = self.images.read(int(i))
-            return Sample(self.transform(decode(source, self.images.path(int(i)))), label, [])
+            return Sample(self.prepare(source, self.images.path(int(i)), out), label, [])
         except BadImage as error:
             return Sample(None, -1, [str(error)])
 
@@ -94,9 +112,11 @@ def _draws_from(seed: int) -> Iterator[None]:
 
 
 def collate(samples: list[Sample]) -> dict:
-    """{'image': (B, 3, S, S) or None, 'target': (B,) int64} of the good samples, 'bad': list of "path: reason"."""
+    """{'image': (B, 3, S, S) or None, 'target': (B,) int64, 'draws': (B, …) float64 or None} of the good samples, and
+    'bad': list of "path: reason"."""
     good = [sample for sample in samples if sample.image is not None]
     return {
+        "draws": stacked([sample.draws for sample in good]),
         "image": default_collate([sample.image for sample in good]) if good else None,
         "target": torch.tensor([sample.label for sample in good], dtype=torch.int64),
         "bad": [line for sample in samples for line in sample.bad],
@@ -126,32 +146,91 @@ class BadImageCount:
             log.warning("bad image %s: %s", self.consequence, line)
 
 
-def make_loader(samples: Dataset, keys: Iterable[list], num_workers: int, pin_memory: bool) -> DataLoader:
-    """A DataLoader over the batches of `keys`, in their order; with 0 workers it reads in this process."""
-    return DataLoader(
-        samples,
-        batch_sampler=keys,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # else it takes a number from torch's global generator at each start
-    )
+class BatchLoader:
+    """Batches of `samples` by worker processes, in the order of `keys`; with 0 workers by this process.
 
-
-@contextmanager
-def started(loader: DataLoader) -> Iterator[Iterator[dict]]:
-    """`iter(loader)`, whose workers are stopped when the block is left, whichever way.
-
-    Without this an iterator that an exception's traceback keeps alive may be left to the garbage collector, which
-    closes its queues before telling the workers to stop: torch then waits five seconds for each of them.
+    Workers write images into slots (data/slots.py), and a slot is written again while the batch after the next one is
+    asked for. So a batch must be used up, or copied by `to_device`, before that.
     """
-    batches = iter(loader)
-    try:
-        yield batches
-    finally:
-        if loader.num_workers:
-            batches._shutdown_workers()  # torch has no public name for it
+
+    def __init__(
+        self,
+        samples: Dataset,
+        keys: Sequence[list] | StreamSampler,
+        num_workers: int,
+        device: torch.device,
+        pin_memory: bool,
+        batch_size: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+    ):
+        """`shape` and `dtype` are those of one sample's image."""
+        self._samples = samples
+        self._keys = keys
+        self._num_workers = num_workers
+        self._device = device
+        self._pin_memory = pin_memory
+        self._new_slots = partial(Slots, AHEAD * num_workers + 2, batch_size, shape, dtype)
+        self._copies: dict[int, torch.cuda.Event] = {}  # by number of the batch: when its copy to the GPU is over
+        self._number = 0  # of the batch that was given last
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @contextmanager
+    def started(self) -> Iterator[Iterator[dict]]:
+        """Gives an iterator of batches as `collate` makes them. Workers and slots go when the block is left, whichever
+        way.
+
+        Without this an iterator that an exception's traceback keeps alive may be left to the garbage collector, which
+        closes its queues before telling the workers to stop: torch then waits five seconds for each of them.
+        """
+        if not self._num_workers:
+            yield iter(self._data_loader(self._samples, self._keys, collate_fn=collate))
+            return
+        slots = self._new_slots()
+        with slots.pinned() if self._pin_memory else nullcontext():
+            batches = iter(
+                self._data_loader(
+                    SlotSamples(self._samples, slots),
+                    SlotKeys(self._keys, len(slots)),
+                    collate_fn=_as_it_is,
+                    num_workers=self._num_workers,
+                    multiprocessing_context="fork",
+                    prefetch_factor=AHEAD,
+                    worker_init_fn=_start_worker,
+                )
+            )
+            try:
+                yield self._received(batches, slots)
+            finally:
+                batches._shutdown_workers()  # torch has no public name for it
+                self._wait_for_copies(self._number)
+
+    def _data_loader(self, samples: Dataset, keys: Sequence[list], **options: Any) -> DataLoader:
+        # Without a generator of its own it takes a number from torch's global one at each start.
+        return DataLoader(samples, batch_sampler=keys, generator=torch.Generator(), **options)
+
+    def _received(self, batches: Iterator[dict], slots: Slots) -> Iterator[dict]:
+        for number in range(len(self._keys)):
+            self._number = number
+            self._wait_for_copies(number - 2)  # asking for this batch hands out that one's slot again
+            yield received(next(batches), slots)
+
+    def _wait_for_copies(self, last: int) -> None:
+        for number in [number for number in self._copies if number <= last]:
+            self._copies.pop(number).synchronize()
+
+    def to_device(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Image and target of the batch that was given last, on the device and in memory of their own."""
+        image = batch["image"].to(self._device, non_blocking=True, copy=self._num_workers > 0)
+        if self._num_workers and self._device.type == "cuda":
+            self._copies[self._number] = torch.cuda.current_stream(self._device).record_event()
+        return image, batch["target"].to(self._device, non_blocking=True)
+
+
+def _as_it_is(batch: dict) -> dict:
+    return batch
 
 
 def _start_worker(worker: int) -> None:

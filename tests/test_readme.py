@@ -58,9 +58,11 @@ def test_command_of_the_main_job_is_understood(command: str, monkeypatch: pytest
 def test_other_commands_of_the_readme_exist():
     others = [command for command in COMMANDS if "main.py" not in command]
     assert {tuple(shlex.split(command)[:3]) for command in others} == {
+        ("python", "-m", "benchmarks.loader"),
         ("python", "-m", "benchmarks.throughput"),
         ("python", "-m", "tools.convert_weights"),
         ("python", "-m", "tools.models"),
+        ("python", "-m", "tools.pack_dataset"),
         ("python", "-m", "tools.plot_run"),
         ("tensorboard", "--logdir", "logs"),
     }

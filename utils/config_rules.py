@@ -12,6 +12,7 @@ from utils.errors import UserError
 
 CHOICES = {
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
+    "DATA.BACKEND": ("auto", "reference", "fast", "device"),
     "DATA.CACHE_MODE": ("no", "part", "full"),
     "MODEL.TYPE": ("swin", "swinv2", "swin_mlp", "timm"),
     "MODEL.SWIN.POSITION": ("none", "abs", "abs+rel", "rel_no_app", "rel"),
@@ -48,7 +49,7 @@ INTERVALS = {
 
 LENGTHS = {"TRAIN.OPTIMIZER.BETAS": 2, "AUG.CUTMIX_MINMAX": 2}
 
-DATASETS = ("imagenet", "imagenet22K", "demo")
+DATASETS = ("imagenet", "imagenet22K", "packed", "demo")
 
 _NUMBER = r"\d+(\.\d+)?"
 AUTO_AUGMENT = re.compile(
@@ -99,6 +100,9 @@ BOOKKEEPING = frozenset(NO_EFFECT) | {
     "MODEL.RESUME", "TRAIN.AUTO_RESUME", "TRAIN.MAX_BAD_STEPS", "OUTPUT", "TAG", "SAVE_FREQ", "SAVE_STEPS", "SAVE_KEEP",
     "PRINT_FREQ", "EVAL_MODE", "THROUGHPUT_MODE",
 }  # fmt: skip
+
+# Values of other keys between which a run may change without becoming another: they compute the same to the bit.
+SAME_RESULT = {"DATA.BACKEND": frozenset(("auto", "reference", "fast"))}
 
 
 def check_each(values: dict[str, object], origins: dict[str, str]) -> None:

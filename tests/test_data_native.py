@@ -1,0 +1,337 @@
+"""Native decoding and resizing have Pillow's pixels to the bit, refuse what Pillow refuses, and can be absent."""
+
+import logging
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from data import fast, native, pixels
+from data.decode import BadImage, decode
+from data.fast import choose, prepare_eval, prepare_train
+from data.native import CannotBuild, build
+from data.pixels import Job, has_jpeg_decoder, make, make_with_pillow
+from data.transforms import eval_transform, train_transform
+from tests._images import draw, encode
+from utils.errors import UserError
+
+SIZES = [(100, 80), (33, 47), (64, 64), (200, 17), (5, 90), (1, 1), (2, 3), (129, 140)]
+
+
+def why_not() -> str:
+    try:
+        native.library()
+    except CannotBuild as error:
+        return str(error)
+    return ""
+
+
+needs_library = pytest.mark.skipif(bool(why_not()), reason=f"no native library here: {why_not()}")
+needs_decoder = pytest.mark.skipif(not has_jpeg_decoder(), reason="no native library, or Pillow has other pixels, here")
+
+
+def noisy(size: tuple[int, int], seed: int) -> Image.Image:
+    """A picture with edges everywhere, on which a missing neighbour shows."""
+    values = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    return Image.blend(draw(seed, size), Image.fromarray(values), 0.3)
+
+
+def kinds(size: tuple[int, int], seed: int) -> dict[str, bytes]:
+    """A picture as JPEGs of every kind that Pillow writes."""
+    picture, exif = noisy(size, seed), Image.Exif()
+    exif[0x0112], exif[0x011A], exif[0x0128] = 6, 72.0, 2  # rotated, with a resolution
+    return {
+        "4:4:4": encode(picture, subsampling=0),
+        "4:2:2": encode(picture, subsampling=1, quality=95),
+        "4:2:0": encode(picture, subsampling=2, quality=30),
+        "progressive": encode(picture, progressive=True),
+        "optimised": encode(picture, optimize=True, comment=b"words", icc_profile=bytes(300)),
+        "restarts": encode(picture, restart_marker_blocks=3),
+        "restarts by rows": encode(picture, restart_marker_rows=1),
+        "grey": encode(picture.convert("L")),
+        "not YCbCr": encode(picture, keep_rgb=True),
+        "EXIF": encode(picture, exif=exif),
+        "CMYK": encode(picture.convert("CMYK")),
+    }
+
+
+def any_job(draws: random.Random, width: int, height: int) -> Job:
+    """A crop, or the whole, of an image, resized to something; of that a window."""
+    w, h = draws.choice([(width, height), (draws.randint(1, width), draws.randint(1, height))])
+    out_w, out_h = draws.choice([(w, h), (8, 9), (30, 30), (draws.randint(1, 70), draws.randint(1, 70))])
+    window_w, window_h = draws.choice([(out_w, out_h), (draws.randint(1, out_w), draws.randint(1, out_h))])
+    left, top = draws.randint(0, width - w), draws.randint(0, height - h)
+    window = draws.randint(0, out_w - window_w), draws.randint(0, out_h - window_h), window_w, window_h
+    return Job(left, top, w, h, out_w, out_h, *window, draws.randint(0, 1), draws.randint(0, 1))
+
+
+def outcome(source: bytes, seed: int, maker) -> tuple[str, np.ndarray | None]:
+    """What `maker` makes of `source` with the job of `seed`: its error and its pixels."""
+    try:
+        return "", maker(source, "x", lambda width, height: any_job(random.Random(seed), width, height))
+    except BadImage as error:
+        return str(error), None
+
+
+def by_pillow(source: bytes, path: str, plan) -> np.ndarray:
+    picture = decode(source, path)
+    return make_with_pillow(picture, plan(*picture.size))
+
+
+def assert_as_by_pillow(source: bytes, seed: int) -> None:
+    (error, found), (expected_error, expected) = outcome(source, seed, make), outcome(source, seed, by_pillow)
+    assert error == expected_error
+    assert expected is None or np.array_equal(found, expected)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Counts how many images the native decoder took (True) and left to Pillow (False)."""
+    counts, decoder = {True: 0, False: 0}, pixels._make_from_jpeg
+
+    def counting(*args):
+        out = decoder(*args)
+        counts[out is not None] += 1
+        return out
+
+    monkeypatch.setattr(pixels, "_make_from_jpeg", counting)
+    return counts
+
+
+@needs_decoder
+@pytest.mark.parametrize("kind", list(kinds((8, 8), 0)))
+def test_every_kind_of_jpeg(kind, taken):
+    for i, size in enumerate(SIZES):
+        source = kinds(size, i)[kind]
+        for seed in range(25):
+            assert_as_by_pillow(source, 100 * i + seed)
+    # What is left to Pillow: images of less than 8 columns, very tall crops.
+    by_pillow_alone = kind in ("CMYK", "progressive", "not YCbCr")
+    assert taken[True] == 0 if by_pillow_alone else taken[True] > 0.6 * 25 * len(SIZES)
+
+
+@needs_decoder
+@pytest.mark.parametrize("subsampling", ["440", "411", "422", "Gray"])
+def test_subsamplings_of_another_encoder(subsampling, taken):
+    simplejpeg = pytest.importorskip("simplejpeg")
+    for i, size in enumerate([(100, 80), (70, 47), (129, 140)]):
+        picture, colours = noisy(size, i), "RGB"
+        if subsampling == "Gray":
+            picture, colours = picture.convert("L"), "GRAY"
+        values = np.asarray(picture).reshape(size[1], size[0], -1).copy()
+        source = simplejpeg.encode_jpeg(values, colorspace=colours, colorsubsampling=subsampling)
+        for seed in range(40):
+            assert_as_by_pillow(source, seed)
+    assert (taken[True] > 0) == (subsampling in ("422", "Gray"))
+
+
+@needs_decoder
+def test_every_place_of_a_crop():
+    """Each left and each top edge, each right and each bottom: no row and no column beside a block's edge is off."""
+    source = encode(noisy((83, 71), 0), subsampling=2, quality=90)
+    whole = np.asarray(decode(source, "x"))
+    for n in range(70):
+        for left, top, w, h in ((n, n, 9, 1), (n, 0, 83 - n, 71), (0, n, 40, 71 - n), (0, 0, n + 1, n + 1)):
+            w, h = min(w, 83 - left), min(h, 71 - top)
+            found = make(source, "x", lambda *_, box=(left, top, w, h): Job(*box, *box[2:], 0, 0, *box[2:], 1, 0))
+            assert np.array_equal(found, whole[top : top + h, left : left + w]), (left, top, w, h)
+
+
+@needs_library
+@pytest.mark.parametrize("bicubic", [0, 1])
+def test_resizing_is_pillows(bicubic):
+    """By factors from 1/60 to 60, odd shapes, very flat and very tall ones."""
+    shapes = [(300, 260), (31, 200), (1, 1), (3, 500), (2, 7), (700, 5), (224, 224), (61, 1)]
+    for i, size in enumerate(shapes):
+        picture = noisy(size, i)
+        for out in ((224, 224), (96, 33), (5, 5), (1, 90), size):
+            for flip in (0, 1):
+                job = Job(0, 0, *size, *out, 0, 0, *out, bicubic, flip)
+                found = make(np.asarray(picture), "x", lambda *_, job=job: job)
+                assert np.array_equal(found, make_with_pillow(picture, job)), (size, out)
+    black_and_white = Image.fromarray((np.random.RandomState(0).randint(0, 2, (64, 80, 3)) * 255).astype(np.uint8))
+    job = Job(3, 2, 50, 60, 224, 224, 0, 0, 224, 224, bicubic, 0)  # sums below 0 and above 255
+    found = make(np.asarray(black_and_white), "x", lambda *_: job)
+    assert np.array_equal(found, make_with_pillow(black_and_white, job))
+
+
+@needs_library
+def test_parts_of_a_larger_array_and_other_formats():
+    picture = noisy((60, 50), 1)
+    part = np.asarray(picture)[5:45, 7:52]
+    job = Job(1, 2, 30, 31, 20, 20, 0, 0, 20, 20, 1, 0)
+    assert np.array_equal(make(part, "x", lambda *_: job), make_with_pillow(Image.fromarray(part), job))
+    for source in (picture, encode(picture, "PNG"), encode(picture.convert("RGBA"), "PNG")):
+        assert np.array_equal(make(source, "x", lambda *_: job), make_with_pillow(picture, job))
+
+
+@needs_decoder
+def test_cut_off_anywhere_is_refused_as_by_pillow(taken):
+    """Also behind the last row that the crop needs, which a decoder that stops there would not notice."""
+    refused = []
+    for kind in ("4:2:0", "progressive", "grey", "restarts", "EXIF"):
+        source = kinds((100, 80), 3)[kind]
+        for end in (*range(0, len(source), 97), len(source) - 3, len(source) - 2, len(source) - 1):
+            assert_as_by_pillow(source[:end], end)
+            refused.append(outcome(source[:end], end, make)[0] != "")
+        assert_as_by_pillow(source + b"behind the end", 0)
+    assert len(refused) > 100 and np.mean(refused) > 0.95
+
+
+def mutated(source: bytes, draws: random.Random) -> bytes:
+    content = bytearray(source)
+    kind = draws.randrange(4)
+    if kind < 2:  # a few bytes, anywhere or in the head
+        for _ in range(draws.randint(1, 3)):
+            content[draws.randrange(len(content) if kind else min(len(content), 700))] = draws.randrange(256)
+    at = draws.randrange(len(content))
+    if kind == 2:
+        content[at : at + draws.randint(1, 20)] = b""
+    if kind == 3:
+        content[at:at] = bytes(draws.choice((0xFF, 0xD9, 0xD8, 0xD0, 0xDA, 0, 7)) for _ in range(draws.randint(1, 6)))
+    return bytes(content)
+
+
+def mutate_and_compare(count: int) -> None:
+    sources = [source for i, size in enumerate(SIZES) for source in kinds(size, i).values()]
+    for seed in range(count):
+        assert_as_by_pillow(mutated(random.Random(seed).choice(sources), random.Random(seed)), seed)
+
+
+@needs_decoder
+@pytest.mark.filterwarnings("ignore")
+def test_corrupt_files_come_out_as_by_pillow():
+    mutate_and_compare(1000)
+
+
+@needs_decoder
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_many_corrupt_files_come_out_as_by_pillow():
+    mutate_and_compare(40_000)
+
+
+@needs_decoder
+def test_segments_that_pillow_trips_over():
+    """The decoder reads past them; Pillow refuses the file, or has another opinion of what it is."""
+    plain = encode(noisy((40, 36), 0))
+    bodies = [b"\xe0\0\x07JFIF\0", b"\xed\0\x16Photoshop 3.0\x008BIM\x04\x04", b"\xe2\0\x0eICC_PROFILE\0"]
+    bodies += [b"\xee\0\x08Adobe\0", b"\xdb\0\x07\x00abcd", b"\xe1\0\x0aExif\0\0ab", b"\xe2\0\x0cMPF\0II*\0\x08\0"]
+    for body in bodies:
+        assert_as_by_pillow(plain[:2] + b"\xff" + body + plain[2:], 1)
+
+
+@needs_decoder
+def test_decompression_bombs_are_refused_as_by_pillow(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert "decompression bomb" in outcome(encode(draw(8)), 0, make)[0]
+
+
+@needs_library
+def test_jobs_outside_the_image_are_refused():
+    source, values = encode(draw(0)), np.asarray(draw(0))  # 40 × 36
+    out = np.zeros((100, 100, 3), np.uint8)
+    good = [1, 2, 30, 20, 10, 10, 0, 0, 10, 10, 1, 0]
+    for place, value in [(0, -1), (0, 11), (1, 17), (2, 40), (3, 0), (4, 0), (5, 70_000), (6, 1), (7, -1), (9, 11)]:
+        job = Job(*[*good[:place], value, *good[place + 1 :]])
+        to = out.ctypes.data
+        library = native.library()
+        assert library.swin_resize(values.ctypes.data_as(pixels.ctypes.c_void_p), pixels.ctypes.c_long(120), 40, 36,
+                                   pixels.ctypes.byref(job), pixels.ctypes.c_void_p(to)) == pixels.NOT_FOR_ME
+        if has_jpeg_decoder():
+            assert pixels._make_from_jpeg(source, (40, 36), job, out) is None
+    assert not has_jpeg_decoder() or pixels._make_from_jpeg(source, (41, 36), Job(*good), out) is None
+    assert not out.any()
+
+
+@needs_library
+def test_a_library_is_compiled_once_and_anew_for_other_sources(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "one.c").write_text("int swin_one(void) { return 1; }")
+    monkeypatch.setattr(build, "SOURCES", folder)
+    with caplog.at_level(logging.INFO):
+        first, again = build.built(), build.built()
+    assert first == again and len(caplog.records) == 1
+    (folder / "one.c").write_text("int swin_one(void) { return 2; }")
+    second = build.built()
+    assert second != first and {path.name for path in first.parent.iterdir()} == {first.name, second.name}
+    (folder / "one.c").write_text("int swin_one(void) { return")
+    with pytest.raises(CannotBuild, match="fails: .*one.c.*error"):
+        build.built()
+    assert len(list(first.parent.iterdir())) == 2
+
+
+@needs_library
+def test_processes_that_start_at_the_same_time(tmp_path):
+    (tmp_path / "one.c").write_text("int swin_one(void) { return 1; }")
+    program = f"""
+import pathlib
+from data.native import build, library
+build.SOURCES = pathlib.Path({str(tmp_path)!r})
+assert library().swin_one() == 1
+"""
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": os.environ["PATH"], "PYTHONPATH": "."}
+    started = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(3)]
+    assert [process.wait() for process in started] == [0, 0, 0]
+    assert [path.suffix for path in (tmp_path / "swin").iterdir()] == [".so"]
+
+
+@pytest.fixture
+def without_library(monkeypatch):
+    """No compiler, and nothing remembered of an earlier answer."""
+    found = native._load, fast._missing, fast._warn_once, pixels.has_jpeg_decoder
+    for remembered in found:
+        remembered.cache_clear()
+    monkeypatch.setattr(build, "_compiler", lambda: (_ for _ in ()).throw(CannotBuild("there is no C compiler")))
+    yield
+    for remembered in found:
+        remembered.cache_clear()
+
+
+def test_without_a_compiler_auto_is_the_reference_and_says_so_once(without_library, caplog):
+    transform = train_transform(48, 0.5, 0.4, "rand-m9-mstd0.5-inc1", 0.25, "pixel", 1, "bicubic")
+    for _ in range(2):
+        assert type(prepare_train("auto", transform)) is fast.Reference
+        assert type(prepare_eval("auto", eval_transform(48, True, "bicubic"))) is fast.Reference
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "there is no C compiler" in record.getMessage() and "apt-get install gcc" in record.getMessage()
+    for backend in ("fast", "device"):
+        with pytest.raises(UserError, match=rf"DATA.BACKEND {backend}: there is no C compiler. To .*DATA.BACKEND ref"):
+            choose(backend)
+    assert choose("reference") == "reference"
+
+
+@needs_library
+def test_where_pillow_has_other_pixels_it_decodes_and_the_rest_is_native(monkeypatch, caplog):
+    pixels.has_jpeg_decoder.cache_clear(), fast._missing.cache_clear(), fast._warn_once.cache_clear()
+    monkeypatch.setattr(pixels, "_agrees_with_pillow", lambda: False)
+    try:
+        assert choose("auto") == choose("fast") == "fast" and caplog.text.count("decoded by Pillow") == 1
+        for seed in range(10):
+            assert_as_by_pillow(encode(noisy((90, 70), 2)), seed)
+    finally:
+        pixels.has_jpeg_decoder.cache_clear(), fast._missing.cache_clear()
+
+
+@needs_decoder
+def test_other_pixels_of_pillow_are_noticed(monkeypatch):
+    pixels.has_jpeg_decoder.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(pixels, "make_with_pillow", lambda picture, job: make_with_pillow(picture, job) ^ 1)
+        assert not has_jpeg_decoder()
+    pixels.has_jpeg_decoder.cache_clear()
+    assert has_jpeg_decoder()
+
+
+@needs_decoder
+def test_truncated_images_that_pillow_is_told_to_take(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    source = encode(noisy((90, 70), 2))
+    assert_as_by_pillow(source[: len(source) // 2], 0)
