@@ -39,9 +39,10 @@ from benchmarks.loader_pipelines import (
 from benchmarks.loader_stages import stages
 from benchmarks.loader_system import fed, memory, scaling, start, waiting
 from benchmarks.throughput import ratio
-from data.native import CannotBuild, library
+from data.native import library
 from utils.errors import UserError
 from utils.files import write_text
+from utils.native import CannotBuild
 from utils.table import Column, Table, circumstances
 
 log = logging.getLogger(__name__)

@@ -23,11 +23,11 @@ from torchvision.transforms._presets import ImageClassification
 from data.decode import decode
 from data.device_augment import DeviceAugment, DeviceDraws
 from data.fast_augment import FastAugment, Normalise
-from data.native import CannotBuild, library
-from data.native.build import HOW_TO_INSTALL
+from data.native import HOW_TO_INSTALL, library
 from data.pixels import Job, Source, has_jpeg_decoder, make
 from data.transforms import Transform
 from utils.errors import UserError
+from utils.native import CannotBuild
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from data.decode import FORMATS, BadImage, decode
-from data.native import CannotBuild, library
+from data.native import library
 from data.tiled_jpeg import TiledJpeg
+from utils.native import CannotBuild
 
 Source = bytes | np.ndarray | Image.Image
 OK, NOT_FOR_ME, ASK_PILLOW = range(3)  # the answers of native/image.h

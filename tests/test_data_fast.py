@@ -12,10 +12,11 @@ from config import differences
 from data.build import TrainBatches, build_datasets, val_batches
 from data.decode import BadImage
 from data.fast import FastEval, FastTrain, Reference, crop_box, fast_eval, fast_train, prepare_eval, prepare_train
-from data.native import CannotBuild, library
+from data.native import library
 from data.protocols import Inputs, protocol
 from data.transforms import eval_transform, train_transform
 from tests._images import EVALUATE, data_config, draw, encode, process, write_splits
+from utils.native import CannotBuild
 from utils.seed import derive, seed_cpu
 
 try:

@@ -1,10 +1,7 @@
 """Native decoding and resizing have Pillow's pixels to the bit, refuse what Pillow refuses, and can be absent."""
 
 import logging
-import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,11 +10,12 @@ from PIL import Image, ImageFile
 from data import fast, native, pixels
 from data.decode import BadImage, decode
 from data.fast import choose, prepare_eval, prepare_train
-from data.native import CannotBuild, build
 from data.pixels import Job, has_jpeg_decoder, make, make_with_pillow
 from data.transforms import eval_transform, train_transform
 from tests._images import draw, encode
+from utils import native as building
 from utils.errors import UserError
+from utils.native import CannotBuild
 
 SIZES = [(100, 80), (33, 47), (64, 64), (200, 17), (5, 90), (1, 1), (2, 3), (129, 140)]
 
@@ -248,47 +246,13 @@ def test_jobs_outside_the_image_are_refused():
     assert not out.any()
 
 
-@needs_library
-def test_a_library_is_compiled_once_and_anew_for_other_sources(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "sources"
-    folder.mkdir()
-    (folder / "one.c").write_text("int swin_one(void) { return 1; }")
-    monkeypatch.setattr(build, "SOURCES", folder)
-    with caplog.at_level(logging.INFO):
-        first, again = build.built(), build.built()
-    assert first == again and len(caplog.records) == 1
-    (folder / "one.c").write_text("int swin_one(void) { return 2; }")
-    second = build.built()
-    assert second != first and {path.name for path in first.parent.iterdir()} == {first.name, second.name}
-    (folder / "one.c").write_text("int swin_one(void) { return")
-    with pytest.raises(CannotBuild, match="fails: .*one.c.*error"):
-        build.built()
-    assert len(list(first.parent.iterdir())) == 2
-
-
-@needs_library
-def test_processes_that_start_at_the_same_time(tmp_path):
-    (tmp_path / "one.c").write_text("int swin_one(void) { return 1; }")
-    program = f"""
-import pathlib
-from data.native import build, library
-build.SOURCES = pathlib.Path({str(tmp_path)!r})
-assert library().swin_one() == 1
-"""
-    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": os.environ["PATH"], "PYTHONPATH": "."}
-    started = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(3)]
-    assert [process.wait() for process in started] == [0, 0, 0]
-    assert [path.suffix for path in (tmp_path / "swin").iterdir()] == [".so"]
-
-
 @pytest.fixture
-def without_library(monkeypatch):
+def without_library(monkeypatch, tmp_path):
     """No compiler, and nothing remembered of an earlier answer."""
-    found = native._load, fast._missing, fast._warn_once, pixels.has_jpeg_decoder
+    found = building._load, fast._missing, fast._warn_once, pixels.has_jpeg_decoder
     for remembered in found:
         remembered.cache_clear()
-    monkeypatch.setattr(build, "_compiler", lambda: (_ for _ in ()).throw(CannotBuild("there is no C compiler")))
+    monkeypatch.setenv("PATH", str(tmp_path))
     yield
     for remembered in found:
         remembered.cache_clear()
@@ -301,9 +265,9 @@ def test_without_a_compiler_auto_is_the_reference_and_says_so_once(without_libra
         assert type(prepare_eval("auto", eval_transform(48, True, "bicubic"))) is fast.Reference
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "there is no C compiler" in record.getMessage() and "apt-get install gcc" in record.getMessage()
+    assert "there is no compiler for C" in record.getMessage() and "apt-get install gcc" in record.getMessage()
     for backend in ("fast", "device"):
-        with pytest.raises(UserError, match=rf"DATA.BACKEND {backend}: there is no C compiler. To .*DATA.BACKEND ref"):
+        with pytest.raises(UserError, match=rf"{backend}: there is no compiler for C.* To .*DATA.BACKEND ref"):
             choose(backend)
     assert choose("reference") == "reference"
 

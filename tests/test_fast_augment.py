@@ -13,8 +13,9 @@ from torchvision import transforms
 
 from data import fast_augment
 from data.fast_augment import FastAugment, Normalise, Operation, Step
-from data.native import CannotBuild, library
+from data.native import library
 from data.transforms import train_transform
+from utils.native import CannotBuild
 from utils.seed import seed_cpu
 
 try:
