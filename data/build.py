@@ -13,7 +13,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from data import datasets
-from data.checks import check_imagenet_order, check_num_classes, check_same_classes
+from data.checks import check_imagenet_order, check_num_classes, check_num_workers, check_same_classes
 from data.datasets import Images
 from data.demo import write_demo
 from data.loader import BadImageCount, EvalSamples, TrainSamples, make_loader, started, worker_death_named
@@ -46,6 +46,7 @@ def build_datasets(config: CfgNode, process: Process) -> Data:
             other classes in train than in val, or ImageNet-1K's classes in another order.
     """
     root = _data_path(config)
+    check_num_workers(config.DATA.NUM_WORKERS, process.local_world_size)
     with first_on_node(process):
         train = None if config.EVAL_MODE else _open(config, root, "train", process)
         val = _open(config, root, "val", process)
@@ -118,6 +119,7 @@ class TrainBatches:
         )
         samples = TrainSamples(data.train, transform, config.SEED, config.DATA.MAX_BAD_IMAGES)
         self.wait_seconds = 0.0
+        self._first = data.train.path(0)
         self._batch_size = batch_size
         self._device = process.device
         self._num_workers = config.DATA.NUM_WORKERS
@@ -145,7 +147,10 @@ class TrainBatches:
                 self.wait_seconds += time.perf_counter() - asked
                 self._bad.add(batch["bad"])
                 if len(batch["target"]) < self._batch_size:
-                    raise UserError("DATA.DATA_PATH: not one of the training images can be read.")
+                    raise UserError(
+                        "DATA.DATA_PATH: not one of the training images can be read, such as "
+                        f"{self._first}. Check them."
+                    )
                 image = batch["image"].to(self._device, non_blocking=True)
                 target = batch["target"].to(self._device, non_blocking=True)
                 if self._mixer is not None:

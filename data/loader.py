@@ -24,6 +24,7 @@ from utils.seed import derive, seed_cpu
 
 log = logging.getLogger(__name__)
 
+_ANSWERED_BY_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid")
 
 
@@ -146,7 +147,12 @@ def started(loader: DataLoader) -> Iterator[Iterator[dict]]:
     Without this an iterator that an exception's traceback keeps alive may be left to the garbage collector, which
     closes its queues before telling the workers to stop: torch then waits five seconds for each of them.
     """
-    batches = iter(loader)
+    # A signal that reached a worker before `_start_worker` would end it, and read like a worker that died by itself.
+    found = signal.pthread_sigmask(signal.SIG_BLOCK, _ANSWERED_BY_MAIN)
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, found)
     try:
         yield batches
     finally:
@@ -159,8 +165,9 @@ def _start_worker(worker: int) -> None:
 
     (DataLoader sets one torch thread.)
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in _ANSWERED_BY_MAIN:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ANSWERED_BY_MAIN)
 
 
 @contextmanager
