@@ -12,7 +12,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from utils.config_merge import Kind, Override, UnknownKey, flatten, merge, pair_up, read_files, to_yaml
+from utils.config_merge import Kind, Override, UnknownKey, flatten, merge, pair_up, read_files, read_text, to_yaml
 from utils.config_rules import (
     BOOKKEEPING,
     CHOICES,
@@ -160,6 +160,7 @@ _C.SAVE_FREQ = 1  # epochs between two numbered checkpoints
 _C.SAVE_STEPS = 0  # updates between two saves of the last checkpoint inside an epoch; 0 = none
 _C.SAVE_KEEP = 3  # numbered checkpoints that stay, the newest; 0 = all
 _C.PRINT_FREQ = 10  # updates between two lines in the log
+_C.TIMEOUT = 1800  # seconds that a process waits for the others before the run ends, naming who is missing
 _C.SEED = 0  # of initialisation, order and every random draw
 _C.EVAL_MODE = False  # evaluate only
 _C.THROUGHPUT_MODE = False  # measure images/s only; needs no data
@@ -220,10 +221,9 @@ def parse(text: str, origin: str) -> CfgNode:
     """The configuration that `dump` wrote, out of the file `origin`.
 
     Raises:
-        UserError: it was written by a version with other keys.
+        UserError: it was written by a version with other keys, or by somebody else.
     """
-    values = flatten(CfgNode.load_cfg(text))
-    return get_config(None, flags=[Override(key, value, origin) for key, value in values.items() if key != "BASE"])
+    return get_config(None, flags=[given for given in read_text(text, origin, SCHEMA) if given.key != "BASE"])
 
 
 def differences(old: CfgNode, new: CfgNode) -> list[tuple[str, object, object]]:

@@ -83,7 +83,7 @@ class Learner:
         }
 
     def load_state_dict(self, saved: dict) -> None:
-        """Takes over what was learnt; learning rates, decay and the like stay as they were set for this run.
+        """Takes over what was learnt; decay and the like stay as they were set for this run.
 
         Raises:
             KeyError, RuntimeError, ValueError: `saved` belongs to another model, optimizer or set of groups.
@@ -96,7 +96,13 @@ class Learner:
             group["names"] for group in saved["optimizer"]["param_groups"]
         ]:
             raise ValueError("the optimizer's parameter groups differ")
-        self.optimizer.load_state_dict({**own, "state": saved["optimizer"]["state"]})
+        # The learning rate is that of the last update, for whoever saves before the next one sets it.
+        rates = [group["lr"] for group in saved["optimizer"]["param_groups"]]
+        groups = [{**group, "lr": rate} for group, rate in zip(own["param_groups"], rates, strict=True)]
+        self.optimizer.load_state_dict({"param_groups": groups, "state": saved["optimizer"]["state"]})
+        for parameter, moments in self.optimizer.state.items():
+            if any(value.ndim and value.shape != parameter.shape for value in moments.values()):
+                raise ValueError("the optimizer's averages are of other shapes than the weights")
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None:

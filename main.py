@@ -21,7 +21,7 @@ wins: defaults, files named by BASE, --cfg, the other flags, --opts.
 
 # Nothing here imports torch before the command line is understood, so that --help and mistakes are answered at once.
 import argparse
-import logging
+import io
 import os
 import sys
 import time
@@ -30,11 +30,18 @@ from collections.abc import Sequence
 from yacs.config import CfgNode
 
 from config import get_config
+from utils import logger
+from utils.command import mendable
 from utils.config_merge import Override, nearest, pair_up
-from utils.errors import UserError
+from utils.errors import LostProcess, UserError
 
 # By then torchrun has ended the processes that would only repeat what rank 0 said.
 SECONDS_BEFORE_OTHER_RANKS_SPEAK = 5
+
+LESS_MEMORY = (
+    "a smaller --batch-size with as many --accumulation-steps more (the same global batch), or --use-checkpoint; with "
+    "--accept-changes where a run is continued"
+)
 
 
 class SetKey(argparse.Action):
@@ -141,38 +148,35 @@ def parse_command_line(argv: Sequence[str]) -> tuple[CfgNode, argparse.Namespace
 
 def run(config: CfgNode, accept_changes: bool) -> None:
     """Joins the other processes of the run and does what the configuration asks for."""
-    import torch
-
     import modes
-    from utils import logger
     from utils.dist import process_group
 
     try:
-        with process_group() as process:
-            logger.set_up(process.rank)
+        with process_group(config.TIMEOUT) as process:
             if config.THROUGHPUT_MODE:
                 modes.throughput(config, process)
             elif config.EVAL_MODE:
                 modes.evaluate(config, process)
             else:
                 modes.train(config, process, accept_changes)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory: {str(error).splitlines()[0]} Ways out: a smaller --batch-size with as many "
-            "--accumulation-steps more (the same global batch), or --use-checkpoint"
-        ) from error
+    except (MemoryError, RuntimeError, OSError) as error:
+        said = mendable(error, LESS_MEMORY)
+        if said is None:
+            raise
+        raise said from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (sys.argv by default) and returns the exit code, one of those in utils/errors.py."""
-    if _rank() != "0":
-        logging.getLogger().addHandler(logging.NullHandler())  # what there is to warn about, rank 0 says
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
+    logger.set_up(int(_rank()))
     try:
         config, args = parse_command_line(sys.argv[1:] if argv is None else argv)
         run(config, args.accept_changes)
         return 0
     except UserError as error:
-        if _rank() != "0":
+        if _rank() != "0" and not isinstance(error, LostProcess):  # rank 0 may be the one that is lost
             time.sleep(SECONDS_BEFORE_OTHER_RANKS_SPEAK)
         print(f"error{'' if _rank() == '0' else f' (rank {_rank()})'}: {error}", file=sys.stderr)
         return error.exit_code

@@ -10,27 +10,28 @@ same model in the plainest loop that makes the same update.
 """
 
 import argparse
-import io
 import itertools
 import statistics
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import timm
 import torch
-from PIL import Image
 from torch import nn
 from torchvision import transforms
 
 import engine
 from config import get_config
+from data.decode import BadImage, decode
 from engine import Learner, TrainState, seconds_for
 from models import build_model
 from objectives import Classification
 from optimizer import build_optimizer
+from utils.command import answered, number
+from utils.errors import UserError
 from utils.files import write_text
 from utils.run_folder import environment
 
@@ -42,10 +43,16 @@ def load_batch(source: Path | None, batch_size: int, device: torch.device) -> to
     if source is None:
         return torch.randn(batch_size, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
     prepare = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()])
-    with zipfile.ZipFile(source) as archive:
-        names = itertools.cycle(sorted(n for n in archive.namelist() if n.lower().endswith((".jpeg", ".jpg"))))
-        pictures = [Image.open(io.BytesIO(archive.read(name))) for name in itertools.islice(names, batch_size)]
-        return torch.stack([prepare(picture.convert("RGB")) for picture in pictures]).to(device)
+    try:
+        with zipfile.ZipFile(source) as archive:
+            found = sorted(n for n in archive.namelist() if n.lower().endswith((".jpeg", ".jpg")))[:batch_size]
+            pictures = [decode(archive.read(name), f"{source}:{name}") for name in found]
+    except (OSError, zipfile.BadZipFile, RuntimeError, BadImage) as error:
+        raise UserError(f"--images {source}: cannot be read ({error}). Give a zip of JPEG images") from error
+    if not pictures:
+        raise UserError(f"--images {source}: has no file that ends in .jpg or .jpeg. Give a zip of JPEG images")
+    repeated = itertools.islice(itertools.cycle(pictures), batch_size)
+    return torch.stack([prepare(picture) for picture in repeated]).to(device)
 
 
 def timm_steps(
@@ -158,11 +165,15 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--images", type=Path, help="zip of JPEG images; random images if not given")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each candidate in each turn")
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--batch-size", type=number(int, 1, 65536), default=8)
+    parser.add_argument("--seconds", type=number(float, 0, 1e5), default=3.0, help="of each candidate in each turn")
+    parser.add_argument("--turns", type=number(int, 1, 1e4), default=7)
     parser.add_argument("--write", type=Path, help="Markdown file for the table and what it was measured on")
     args = parser.parse_args(argv)
+    return answered(lambda: measure(args, argv or sys.argv[1:]))
+
+
+def measure(args: argparse.Namespace, typed: Sequence[str]) -> int:
     lines = compare(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if args.write:
         facts = environment()
@@ -172,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{facts['hardware']}; {', '.join(f'{k} {v}' for k, v in facts['versions'].items())}; "
             f"Python {facts['python']}; {time.strftime('%Y-%m-%d')}",
             "",
-            f"`{' '.join(['python', '-m', 'benchmarks.throughput', *(argv or sys.argv[1:])])}`",
+            f"`{' '.join(['python', '-m', 'benchmarks.throughput', *typed])}`",
             "",
         ]
         write_text(args.write, "\n".join([*head, *lines, ""]))

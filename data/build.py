@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from data import datasets
-from data.checks import check_imagenet_order, check_num_classes, check_same_classes
+from data.checks import check_imagenet_order, check_num_classes, check_num_workers, check_same_classes
 from data.datasets import Images
 from data.demo import write_demo
 from data.fast import DeviceTrain, prepare_eval, prepare_train
@@ -51,6 +51,7 @@ def build_datasets(config: CfgNode, process: Process) -> Data:
             other classes in train than in val, or ImageNet-1K's classes in another order.
     """
     root = _data_path(config)
+    check_num_workers(config.DATA.NUM_WORKERS, process.local_world_size)
     with first_on_node(process):
         train = None if config.EVAL_MODE else _open(config, root, "train", process)
         val = _open(config, root, "val", process)
@@ -128,6 +129,7 @@ class TrainBatches:
         self._augment = prepare.augment if isinstance(prepare, DeviceTrain) else None
         samples = TrainSamples(data.train, prepare, config.SEED, config.DATA.MAX_BAD_IMAGES)
         self.wait_seconds = 0.0
+        self._first = data.train.path(0)
         self._batch_size = batch_size
         self._num_workers = config.DATA.NUM_WORKERS
         self._mixer = _mixer(config, data.num_classes)
@@ -155,7 +157,10 @@ class TrainBatches:
                 self.wait_seconds += time.perf_counter() - asked
                 self._bad.add(batch["bad"])
                 if len(batch["target"]) < self._batch_size:
-                    raise UserError("DATA.DATA_PATH: not one of the training images can be read.")
+                    raise UserError(
+                        "DATA.DATA_PATH: not one of the training images can be read, such as "
+                        f"{self._first}. Check them."
+                    )
                 image, target = self.loader.to_device(batch)
                 if self._augment is not None:
                     image = self._augment(image, batch["draws"])

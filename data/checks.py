@@ -1,5 +1,7 @@
 """What must hold of the data before the first step: the classes, their number and their order."""
 
+import logging
+import os
 import re
 from pathlib import Path
 
@@ -7,6 +9,8 @@ import numpy as np
 from timm.data import ImageNetInfo
 
 from utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _SYNSET = re.compile(r"n\d{8}")
 
@@ -30,6 +34,17 @@ def check_num_classes(found: int, wanted: int, what: str) -> int:
             "Take the number from the data: --opts MODEL.NUM_CLASSES 0"
         )
     return found
+
+
+def check_num_workers(workers: int, processes: int) -> None:
+    """DATA.NUM_WORKERS of each of `processes` on this machine: more than cores are slower, far more a mistake."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    what = f"DATA.NUM_WORKERS {workers} for each of {processes} process(es) on this machine, which has {cores} cores"
+    advice = f"--opts DATA.NUM_WORKERS {max(1, cores // processes)}"
+    if workers * processes > max(64, 8 * cores):
+        raise UserError(f"{what}, are too many. Take fewer: {advice}")
+    if workers * processes > cores:
+        log.warning("%s: more than work at a time. Better take %s", what, advice)
 
 
 def check_same_classes(train: list[str] | None, val: list[str] | None, num_train: int, num_val: int, what: str) -> None:

@@ -5,7 +5,11 @@ Each gives `len(images)`, `images.read(i) -> (encoded bytes or picture, label)` 
 are separate, so that a decoder can be chosen without touching a data set.
 """
 
+import hashlib
+import json
 import logging
+import os
+import stat
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +28,8 @@ from utils.errors import UserError
 log = logging.getLogger(__name__)
 
 IMAGENET_22K_CLASSES = 21841
+
+LARGEST_FILE = 1 << 30  # bytes
 
 LAYOUT_FOLDER = "{root}/train/<class>/<image>.jpg and {root}/val/<class>/<image>.jpg"
 LAYOUT_ZIP = "{root}/train.zip, train_map.txt, val.zip, val_map.txt (maps: lines `path<TAB>label`)"
@@ -47,6 +53,11 @@ class Images(Protocol):
         """Image `i`, encoded or as a picture, and its label. Raises BadImage."""
 
 
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A pipe without a writer would keep whoever opens it waiting."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 class FolderImages:
     """Image files below `root`, as an index lists them."""
 
@@ -64,7 +75,10 @@ class FolderImages:
 
     def read(self, i: int) -> tuple[bytes, int]:
         try:
-            with open(self.path(i), "rb") as file:
+            with open(self.path(i), "rb", opener=_open_without_waiting) as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
+                    raise BadImage(self.path(i), "is not a file, or one larger than any image")
                 return file.read(), int(self.index.labels[i])
         except (OSError, ValueError) as error:
             raise BadImage(self.path(i), f"cannot be read: {error}") from error
@@ -95,6 +109,19 @@ class TimmImages:
         return picture, int(label)
 
 
+def fingerprint(images: Images) -> str:
+    """Two data sets with the same have the same names and labels in the same order; the pictures are not looked at.
+
+    Of timm's data sets, which have no list of names, the number of images and the classes.
+    """
+    digest = hashlib.blake2b(json.dumps([len(images), images.class_names]).encode(), digest_size=16)
+    index = getattr(images, "index", None)
+    if index is not None:
+        for buffer in (index.paths.blob, index.paths.ends, index.labels):
+            digest.update(np.ascontiguousarray(buffer))
+    return digest.hexdigest()
+
+
 def open_folder(root: Path, split: str) -> FolderImages:
     """`root/<split>/<class>/**/<image>`. Raises UserError when the folder is missing or not of this layout."""
     folder = root / split
@@ -104,7 +131,7 @@ def open_folder(root: Path, split: str) -> FolderImages:
     try:
         index = cached(root, split, lambda: index_folder(folder))
     except OSError as error:
-        raise UserError(f"DATA.DATA_PATH: {folder} cannot be read: {error}") from error
+        raise UserError(f"DATA.DATA_PATH: {folder} cannot be read: {error}. Mend or remove that") from error
     return FolderImages(folder, index, len(index.class_names))
 
 
@@ -166,6 +193,9 @@ def open_timm(name: str, root: Path, is_training: bool) -> TimmImages:
     return TimmImages(name, dataset if reader is None else EncodedReader(reader), _timm_class_names(name, dataset))
 
 
+_NEVER_DOWNLOADED = ("torch/image_folder", "torch/folder", "torch/imagenet")
+
+
 class EncodedReader:
     """A timm reader (file object and label by number) as (encoded bytes, label)."""
 
@@ -185,7 +215,10 @@ def _create(name: str, root: Path, splits: tuple[str, ...]) -> torch.utils.data.
     from timm.data import create_dataset
 
     if name.lower().startswith("torch/"):
-        root.mkdir(parents=True, exist_ok=True)
+        if name.lower() not in _NEVER_DOWNLOADED:
+            root.mkdir(parents=True, exist_ok=True)
+        elif not root.is_dir():
+            raise FileNotFoundError(f"no folder {root}")
         arguments = {"name": name, "root": str(root), "split": splits[0]}
         try:
             return create_dataset(**arguments)

@@ -23,7 +23,7 @@ def index_folder(root: Path) -> tuple[Index, list[Path]]:
         UserError: no class folders, a class folder without an image, a link that leads back into itself.
     """
     with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir())
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise UserError(f"{root} has no class folders. Expected {root}/<class>/<image>.jpg")
     walk = _Walk(root)
@@ -47,6 +47,8 @@ def index_folder(root: Path) -> tuple[Index, list[Path]]:
     if walk.ignored:
         log.warning("%s: %d files are not images by their ending and are left out, e.g. %s",
                     root, walk.ignored, walk.example)
+    if walk.hidden:
+        log.warning("%s: %d hidden files or folders (names with a dot at the start) are left out", root, walk.hidden)
     return Index(strings, np.array(labels, np.int32), names), walk.visited
 
 
@@ -56,6 +58,7 @@ class _Walk:
     def __init__(self, root: Path):
         self.visited = [root]
         self.ignored = 0
+        self.hidden = 0
         self.example = ""
 
     def below(self, directory: Path, ancestors: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, list[str]]]:
@@ -68,7 +71,9 @@ class _Walk:
         files, folders = [], []
         with os.scandir(directory) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if entry.name.startswith("."):
+                    self.hidden += 1
+                elif entry.is_dir():
                     folders.append(entry.name)
                 elif entry.name.lower().endswith(ENDINGS) and entry.is_file():
                     files.append(entry.name)

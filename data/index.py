@@ -11,7 +11,6 @@ import logging
 import os
 import time
 import uuid
-import zipfile
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import numpy as np
 log = logging.getLogger(__name__)
 
 # Part of every cache: raise it when what an index holds changes, or when other files count as images.
-FORMAT = 1
+FORMAT = 2
 
 # A change within the clock tick of the scan leaves the same time stamp. What is younger than this is not cached yet.
 SETTLED_NS = 2_000_000_000
@@ -121,6 +120,8 @@ def _save(places: list[Path], index: Index, stamps: dict[str, list[int]]) -> Non
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             _write_aside(place, arrays)
+            if place != places[0]:
+                log.info("the data are read-only: their index is cached at %s", place)
             return
         except OSError as error:
             log.info("the index is not cached at %s: %s", place, error)
@@ -150,10 +151,20 @@ def _load(place: Path, root: Path) -> Index | None:
             index = Index(Strings(arrays["blob"], arrays["ends"]), arrays["labels"], head["class_names"], columns)
     except FileNotFoundError:  # no cache yet, or a directory that it was made from is gone
         return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged files make zipfile and numpy raise almost anything; none of it gets further
         log.warning("the cached index %s cannot be used and is made anew: %s", place, error)
         return None
-    if any(len(values) != len(index) for values in (index.paths, *index.columns.values())):
+    if not head["stamps"] or not _is_consistent(index):
         log.warning("the cached index %s is inconsistent and is made anew", place)
         return None
     return index
+
+
+def _is_consistent(index: Index) -> bool:
+    names, labels = index.class_names, index.labels
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return False
+    vectors = (labels, *index.columns.values())
+    if any(values.ndim != 1 or values.dtype.kind != "i" or len(values) != len(index.paths) for values in vectors):
+        return False
+    return len(labels) > 0 and labels.min() >= 0 and (names is None or labels.max() < len(names))

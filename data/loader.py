@@ -27,6 +27,7 @@ from utils.seed import derive, seed_cpu
 
 log = logging.getLogger(__name__)
 
+_ANSWERED_BY_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid")
 
 
@@ -190,17 +191,22 @@ class BatchLoader:
             return
         slots = self._new_slots()
         with slots.pinned() if self._pin_memory else nullcontext():
-            batches = iter(
-                self._data_loader(
-                    SlotSamples(self._samples, slots),
-                    SlotKeys(self._keys, len(slots)),
-                    collate_fn=_as_it_is,
-                    num_workers=self._num_workers,
-                    multiprocessing_context="fork",
-                    prefetch_factor=AHEAD,
-                    worker_init_fn=_start_worker,
-                )
+            data_loader = self._data_loader(
+                SlotSamples(self._samples, slots),
+                SlotKeys(self._keys, len(slots)),
+                collate_fn=_as_it_is,
+                num_workers=self._num_workers,
+                multiprocessing_context="fork",
+                prefetch_factor=AHEAD,
+                worker_init_fn=_start_worker,
             )
+            # A signal that reached a worker before `_start_worker` would end it, and read like a worker that died by
+            # itself.
+            found = signal.pthread_sigmask(signal.SIG_BLOCK, _ANSWERED_BY_MAIN)
+            try:
+                batches = iter(data_loader)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, found)
             try:
                 yield self._received(batches, slots)
             finally:
@@ -238,8 +244,9 @@ def _start_worker(worker: int) -> None:
 
     (DataLoader sets one torch thread.)
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in _ANSWERED_BY_MAIN:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ANSWERED_BY_MAIN)
 
 
 @contextmanager

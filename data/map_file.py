@@ -36,6 +36,8 @@ def read_map(path: Path, num_classes: int | None = None) -> tuple[Strings, np.nd
         for where, image, label in _entries(path):
             if not 0 <= label < limit:
                 raise UserError(f"{where}: label {label} is not in 0…{limit - 1}. Mend this entry of the map.")
+            if ".." in image.split("/"):
+                raise UserError(f"{where}: {image!r} leads out of the data. Remove this entry, or the '..' in it.")
             labels.append(label)
             yield image
 

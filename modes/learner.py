@@ -20,6 +20,7 @@ from utils.dist import Process, first_on_node
 from utils.errors import UserError
 from utils.precision import choose_amp_dtype, describe
 from utils.run_folder import hardware
+from utils.saved_run import class_names_in
 from utils.seed import seed_cpu
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,23 @@ def prepare_for_speed(config: CfgNode, process: Process, learner: Learner) -> No
         learner.objective = DistributedDataParallel(
             learner.objective, device_ids=device_ids, gradient_as_bucket_view=True, **{sync: False}
         )
+        _lay_out_gradients(config, learner)
+
+
+def _lay_out_gradients(config: CfgNode, learner: Learner) -> None:
+    """One backward pass on black images, whose gradients are thrown away.
+
+    DDP lays out the gradients it sums anew after its first pass, and with more than two processes the last bits of a
+    sum depend on where in the layout it lies. So that they do not depend on when a run was started, no update is made
+    with the first layout.
+    """
+    size, device = config.DATA.IMG_SIZE, learner.device
+    images = torch.zeros(2, input_channels(config), size, size, device=device)
+    learner.objective.eval()  # running statistics and random draws are left alone
+    with torch.compiler.set_stance("force_eager"), learner.autocast():
+        loss = learner.objective({"image": images, "target": torch.zeros(2, dtype=torch.int64, device=device)})["loss"]
+        loss.backward()
+    learner.optimizer.zero_grad(set_to_none=True)
 
 
 def load_pretrained(
@@ -74,7 +92,7 @@ def load_pretrained(
     """Loads weights into `model`, says what became of each, and returns all that the file holds, and its layout."""
     with first_on_node(process):
         contents = read_checkpoint(source, progress=process.is_main)
-    weights, theirs = weights_in(contents, source), contents.get("class_names")
+    weights, theirs = weights_in(contents, source), class_names_in(contents, source)
     if evaluating:
         refuse_other_classes(source, theirs, class_names)
     report = load_weights(model, weights, class_names, source, trained_on=theirs)

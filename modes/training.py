@@ -3,23 +3,23 @@
 import itertools
 import logging
 import shlex
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 from yacs.config import CfgNode
 
 import engine
-from config import differences, dump, get_config, parse
-from data.build import TrainBatches, build_datasets, model_inputs, val_batches
+from config import dump
+from data.build import Data, TrainBatches, ValBatches, build_datasets, model_inputs, val_batches
 from data.loader import worker_death_named
 from engine import Learner, TrainState
-from lr_scheduler import build_schedule
-from modes.learner import build_learner, load_pretrained, prepare_for_speed, refuse_other_classes
-from utils import logger
-from utils.checkpoint import CheckpointFolder, read_checkpoint
-from utils.dist import Process, broadcast_from_main, first_on_node
+from lr_scheduler import Schedule, build_schedule
+from modes.beginning import Stream, begin, find_beginning, open_run_folder, open_stream
+from modes.learner import build_learner, prepare_for_speed
+from utils.checkpoint import CheckpointFolder, not_finite
+from utils.dist import Process, broadcast_from_main
 from utils.errors import TrainingDiverged, UserError
 from utils.logger import FILE_ONLY
 from utils.pictures import caption_of, captioned_grid
@@ -28,6 +28,7 @@ from utils.progress import Progress
 from utils.records import Records
 from utils.reporter import Reporter
 from utils.run_folder import RunFolder
+from utils.saver import Saver
 
 log = logging.getLogger(__name__)
 
@@ -63,186 +64,197 @@ def train_in(
     folder: RunFolder, checkpoints: CheckpointFolder, config: CfgNode, process: Process, accept_changes: bool
 ) -> None:
     """`train`, in a folder that is this run's own."""
-    # Data, and with them the number of classes and the length of everything.
-    data = build_datasets(config, process)
-    epoch_samples = len(data.train)
-    global_batch = config.DATA.BATCH_SIZE * process.world_size * config.TRAIN.ACCUMULATION_STEPS
-    schedule = build_schedule(config, epoch_samples, global_batch)
-    total_samples = schedule.total_updates * global_batch
+    with ExitStack() as stack:
+        stop = stack.enter_context(closing(StopRequest(config.TIMEOUT)))  # first: a signal may come at any time
 
-    # The model and what trains it, then the place where this run begins.
-    learner = build_learner(config, process, data.num_classes)
-    log.info(
-        "%s training images of %d classes; %d images an update, %s updates, learning rate up to %.3g",
-        f"{epoch_samples:,}", data.num_classes, global_batch, f"{schedule.total_updates:,}", schedule.base_lr,
-    )  # fmt: skip
-    if global_batch > epoch_samples:
-        log.warning("an update takes more images than there are: it ends %.1f epochs", global_batch / epoch_samples)
-    state = TrainState()
-    begin(config, process, folder, learner, state, data.class_names, checkpoints, accept_changes)
-    if state.samples % global_batch:
-        raise UserError(
-            f"the run stands at {state.samples:,} images, which is no whole number of updates at {global_batch} images "
-            "each (batch size x processes x accumulation steps). Continue with the number it had, see starts.jsonl"
-        )
-    if state.samples >= total_samples:
-        log.info("this run is complete: all %d epochs are done", config.TRAIN.EPOCHS)
-        say_results(config, folder, checkpoints, state)
-        return
-    prepare_for_speed(config, process, learner)
+        # Data and the place where this run begins, and with them the number of classes and the length of everything.
+        data = build_datasets(config, process)
+        source, saved = find_beginning(config, process, folder, checkpoints)
+        stream = open_stream(config, process, data, source, saved, accept_changes)
+        schedule = build_schedule(config, stream.images, stream.global_batch)
 
-    batches = TrainBatches(config, data, process, start_samples=state.samples, stop_samples=total_samples)
-    val = val_batches(config, data, process)
-    stream, reporter = iter(batches), None
-    if process.is_main:
-        folder.write_config(dump(config))
-        folder.note_start(
-            {
-                "samples": state.samples,
-                "global_batch": global_batch,
-                "processes": process.world_size,
-                "device": str(process.device),
-            }
-        )
-        progress = Progress(total_samples, state.samples, config.TRAIN.EPOCHS, epoch_samples)
-        reporter = open_reporter(folder, process, state, global_batch, progress)
-        if state.samples == 0:
-            stream = show_first_batch(reporter.records, config, stream, data.class_names)
-
-    stop = StopRequest()
-    try:
-        with worker_death_named(config.DATA.NUM_WORKERS):
-            for account in engine.train(learner, stream, state, schedule.at, global_batch):
-                update, epoch = state.samples // global_batch, min(state.samples // epoch_samples, config.TRAIN.EPOCHS)
-                epoch_ended = epoch > (state.samples - global_batch) // epoch_samples
-                stopping = stop.agreed()
-                saving = epoch_ended or stopping or (config.SAVE_STEPS > 0 and update % config.SAVE_STEPS == 0)
-                if saving or update % config.PRINT_FREQ == 0:
-                    taken = account.settle()
-                    if reporter:
-                        settings = {"lr": schedule.at(update - 1)} | optimizer_settings(config, learner)
-                        reporter.updates(update, state.samples, batches.wait_seconds, taken, settings)
-                improved = False
-                if epoch_ended:
-                    figures = {"train_loss": state.end_epoch()} | evaluate_all(learner, val)
-                    improved = state.improve(max(figures["acc1"], figures.get("ema_acc1", 0.0)))
-                    if reporter:
-                        figures |= {"lr": schedule.at(update - 1), "skipped": state.skipped, "best": state.best}
-                        reporter.epoch(epoch, update, state.samples, figures)
-                if saving and reporter:
-                    numbered = epoch_ended and (epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS)
-                    contents = checkpoint_contents(config, learner, state, data.class_names)
-                    checkpoints.save(contents, epoch=epoch if numbered else None, best=improved)
-                    reporter.resume_clock(state.samples, batches.wait_seconds)
-                if stopping and state.samples < total_samples:
-                    log.info("asked to stop: saved after %s images; the same command continues", f"{state.samples:,}")
-                    return
-    except TrainingDiverged as error:
-        last = f"The last good checkpoint is {checkpoints.last}" if checkpoints.last.exists() else "None was saved yet"
-        raise TrainingDiverged(f"{error}. {last}") from error
-    finally:
-        stop.close()
-        if reporter:
-            reporter.close()
-    say_results(config, folder, checkpoints, state)
-
-
-def open_run_folder(folder: RunFolder, checkpoints: CheckpointFolder, config: CfgNode) -> None:
-    """Makes a folder that is this run's own ready, and begins to log into it.
-
-    Raises:
-        UserError: it cannot be written, or holds a run that is not to be continued.
-    """
-    try:
-        logger.add_file(folder.log_file)
-        checkpoints.prepare()
-    except OSError as error:
-        raise UserError(
-            f"{folder.path}: cannot be used ({error}). Give another folder with --output or --tag"
-        ) from error
-    if not config.TRAIN.AUTO_RESUME and not config.MODEL.RESUME and checkpoints.last.exists():
-        raise UserError(
-            f"{folder.path} holds a run, and TRAIN.AUTO_RESUME is off. Give this run a name of its own with --tag, or "
-            "name the checkpoint to continue from with --resume"
-        )
-    log.info("run folder %s", folder.path)
-
-
-def begin(
-    config: CfgNode,
-    process: Process,
-    folder: RunFolder,
-    learner: Learner,
-    state: TrainState,
-    class_names: list[str] | None,
-    checkpoints: CheckpointFolder,
-    accept_changes: bool,
-) -> None:
-    """Puts the run where it begins: an explicit checkpoint, else what lies in its folder, else pretrained weights."""
-    # Rank 0 chooses, so that all processes continue from the same file.
-    source = broadcast_from_main(checkpoint_to_continue(config, folder, checkpoints) if process.is_main else None)
-    if source:
-        with first_on_node(process):
-            saved = read_checkpoint(source, progress=process.is_main)
-        if "state" not in saved or "optimizer" not in saved:
-            raise UserError(
-                f"{source}: holds weights, but no run to continue. Start a new run from them with --pretrained"
+        # The model and what trains it.
+        learner = build_learner(config, process, data.num_classes)
+        learner.accumulation = stream.global_batch // (config.DATA.BATCH_SIZE * process.world_size)
+        log.info(
+            "%s training images of %d classes; %d images an update, %s updates, learning rate up to %.3g",
+            f"{stream.images:,}", data.num_classes, stream.global_batch, f"{schedule.total_updates:,}",
+            schedule.base_lr,
+        )  # fmt: skip
+        if stream.global_batch > stream.images:
+            log.warning(
+                "an update takes more images than there are: it ends %.1f epochs", stream.global_batch / stream.images
             )
-        refuse_other_config(source, saved["config"], config, accept_changes)
-        refuse_other_classes(source, saved.get("class_names"), class_names)
-        if config.MODEL.PRETRAINED:
-            log.info("--pretrained %s is not read: the run has begun already", config.MODEL.PRETRAINED)
+        state = begin(config, process, learner, data.class_names, source, saved)
+        del saved  # as large as all that is trained
+        run = Run(config, process, folder, data, stream, schedule, learner, state)
+        if run.complete:
+            log.info("this run is complete: all %d epochs are done", config.TRAIN.EPOCHS)
+        elif stop.agreed_now():
+            log.info("asked to stop: nothing was done yet; the same command continues")
+            return
+        else:
+            prepare_for_speed(config, process, learner)
+            saver = stack.enter_context(closing(Saver(checkpoints))) if process.is_main else None
+            try:
+                if not run.to_the_end(stop, saver):
+                    return
+            except TrainingDiverged as error:
+                last = f"The last good checkpoint is {checkpoints.last}" if checkpoints.last.exists() else "None yet"
+                raise TrainingDiverged(f"{error}. {last}") from error
+        say_results(config, folder, checkpoints, state)
+
+
+class Run:
+    """The updates, evaluations and saves of one start of a run, beginning at `state`."""
+
+    def __init__(
+        self,
+        config: CfgNode,
+        process: Process,
+        folder: RunFolder,
+        data: Data,
+        stream: Stream,
+        schedule: Schedule,
+        learner: Learner,
+        state: TrainState,
+    ):
+        self.config = config
+        self.process = process
+        self.folder = folder
+        self.data = data
+        self.stream = stream
+        self.schedule = schedule
+        self.learner = learner
+        self.state = state
+        self.total_samples = schedule.total_updates * stream.global_batch
+
+    @property
+    def update(self) -> int:
+        """How many updates were made so far."""
+        return self.state.samples // self.stream.global_batch
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs were completed so far."""
+        return min(self.state.samples // self.stream.images, self.config.TRAIN.EPOCHS)
+
+    @property
+    def epoch_ended(self) -> bool:
+        """Whether the last update completed an epoch."""
+        return self.epoch > (self.state.samples - self.stream.global_batch) // self.stream.images
+
+    @property
+    def unevaluated(self) -> bool:
+        """Whether an epoch is complete but for its evaluation."""
+        return self.epoch_ended and self.state.epoch_sums["updates"] > 0
+
+    @property
+    def complete(self) -> bool:
+        return self.state.samples >= self.total_samples and not self.unevaluated
+
+    def to_the_end(self, stop: StopRequest, saver: Saver | None) -> bool:
+        """Trains to the last epoch; False when asked to stop before. All is saved when it returns.
+
+        Raises:
+            UserError: the last state could not be saved; and all that `train` raises.
+        """
+        batches = TrainBatches(self.config, self.data, self.process, self.state.samples, self.total_samples)
+        val = val_batches(self.config, self.data, self.process)
+        reporter, stream = None, iter(batches)
+        if self.process.is_main:
+            reporter = self._open_reporter()
+            if self.state.samples == 0:
+                stream = show_first_batch(reporter.records, self.config, stream, self.data.class_names)
         try:
-            learner.load_state_dict(saved)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"{source}: does not fit this model or optimizer ({str(error)[:500]}). Continue with the configuration "
-                "that wrote it, or start a new run from its weights with --pretrained"
-            ) from error
-        state.load_state_dict(saved["state"])
-        log.info("continuing from %s, after %s images", source, f"{state.samples:,}")
-    elif config.MODEL.PRETRAINED:
-        load_pretrained(config.MODEL.PRETRAINED, process, learner.bare.model, class_names)
-        if learner.ema is not None:
-            learner.ema.set(learner.bare)
+            with worker_death_named(self.config.DATA.NUM_WORKERS):
+                done = self._loop(stop, saver, reporter, batches, stream, val)
+        finally:
+            if reporter:
+                reporter.close()
+        self._finish_saving(saver)
+        return done
 
+    def _loop(self, stop, saver, reporter, batches: TrainBatches, stream: Iterator[dict], val: ValBatches) -> bool:
+        """The updates from here on, and what is done between them."""
+        freq, state = self.config, self.state
+        if self.unevaluated and not self._end_epoch(stop, saver, reporter, val):
+            return self._say_stopped()
+        for account in engine.train(self.learner, stream, state, self.schedule.at, self.stream.global_batch):
+            stopping = stop.agreed()
+            saving = self.epoch_ended or stopping or (freq.SAVE_STEPS > 0 and self.update % freq.SAVE_STEPS == 0)
+            if saving or self.update % freq.PRINT_FREQ == 0:
+                taken = account.settle()
+                if reporter:
+                    settings = {"lr": self.schedule.at(self.update - 1)} | optimizer_settings(self.config, self.learner)
+                    reporter.updates(self.update, state.samples, batches.wait_seconds, taken, settings)
+            if saving:
+                # Before an epoch's evaluation too, so that whatever ends the run there loses the evaluation alone.
+                self._save(saver)
+            if stopping or (self.epoch_ended and not self._end_epoch(stop, saver, reporter, val)):
+                return self._say_stopped()
+            if saving and reporter:
+                reporter.resume_clock(state.samples, batches.wait_seconds)
+        return True
 
-def checkpoint_to_continue(config: CfgNode, folder: RunFolder, checkpoints: CheckpointFolder) -> str:
-    """`--resume FILE`, else the newest in the folder, else "".
+    def _end_epoch(self, stop: StopRequest, saver: Saver | None, reporter: Reporter | None, val: ValBatches) -> bool:
+        """Evaluates, reports and saves the complete epoch; False, having changed nothing, when asked to stop."""
+        most = broadcast_from_main(len(val))
+        measured = evaluate_all(self.learner, lambda: stop.until_asked(val, most))
+        if stop.agreed_now():
+            return False
+        state, epoch = self.state, self.epoch
+        figures = {"train_loss": state.end_epoch()} | measured
+        improved = state.improve(max(figures["acc1"], figures.get("ema_acc1", 0.0)))
+        if reporter:
+            figures |= {"lr": self.schedule.at(self.update - 1), "skipped": state.skipped, "best": state.best}
+            reporter.epoch(epoch, self.update, state.samples, figures)
+        numbered = epoch % self.config.SAVE_FREQ == 0 or epoch == self.config.TRAIN.EPOCHS
+        self._save(saver, epoch if numbered else None, improved)
+        return True
 
-    A run that began from FILE goes on from its own checkpoints when it is started again with the same command.
-    """
-    asked = config.MODEL.RESUME
-    began = get_config(str(folder.config_file)).MODEL.RESUME if folder.config_file.exists() else ""
-    if asked and asked != began:
-        return asked
-    found = checkpoints.newest() if config.TRAIN.AUTO_RESUME else None
-    return str(found[0]) if found else asked
+    def _save(self, saver: Saver | None, epoch: int | None = None, best: bool = False) -> None:
+        """Saves in the background; see docs/FORMATS.md for the contents. A collective call.
 
+        Raises:
+            TrainingDiverged: not all numbers are finite; on all processes alike.
+        """
+        contents = {
+            **self.learner.state_dict(),
+            "format": 1,
+            "state": self.state.state_dict(),
+            "stream": self.stream.state_dict(),
+            "class_names": self.data.class_names,
+            "config": dump(self.config),
+        }
+        if broken := broadcast_from_main(not_finite(contents)):
+            raise TrainingDiverged(f"{broken} is not finite: not saved")
+        if saver:
+            saver.save(contents, epoch, best)
 
-def refuse_other_config(source: str, saved: str, config: CfgNode, accept_changes: bool) -> None:
-    """Compares the configuration `saved` in the checkpoint `source` with this one.
+    def _finish_saving(self, saver: Saver | None) -> None:
+        """All processes leave alike: with an error where the last state is not on the disk."""
+        refusal = None
+        if saver:
+            try:
+                saver.finish()
+            except UserError as error:
+                refusal = str(error)
+        if refusal := broadcast_from_main(refusal):
+            raise UserError(refusal)
 
-    Raises:
-        UserError: they would compute something different, and that was not accepted.
-    """
-    changed = differences(parse(saved, source), config)
-    lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, old, new in changed)
-    if changed and not accept_changes:
-        raise UserError(
-            f"{source} is of a run with another configuration:{lines}\nGive this run a name of its own with --tag, or "
-            "continue that one with these changes with --accept-changes"
-        )
-    if changed:
-        log.warning("continuing with another configuration:%s", lines)
+    def _say_stopped(self) -> bool:
+        log.info("asked to stop: saved after %s images; the same command continues", f"{self.state.samples:,}")
+        return False
 
-
-def open_reporter(
-    folder: RunFolder, process: Process, state: TrainState, global_batch: int, progress: Progress
-) -> Reporter:
-    records = Records(folder.path, folder.tensorboard, state.samples // global_batch, state.samples)
-    records.add_text("config", folder.config_file.read_text())
-    return Reporter(records, progress, process.device, state.samples)
+    def _open_reporter(self) -> Reporter:
+        self.folder.write_config(dump(self.config))
+        details = {"samples": self.state.samples, "global_batch": self.stream.global_batch}
+        self.folder.note_start(details | {"processes": self.process.world_size, "device": str(self.process.device)})
+        progress = Progress(self.total_samples, self.state.samples, self.config.TRAIN.EPOCHS, self.stream.images)
+        records = Records(self.folder.path, self.folder.tensorboard, self.update, self.state.samples, self.unevaluated)
+        records.add_text("config", self.folder.config_file.read_text())
+        return Reporter(records, progress, self.process.device, self.state.samples)
 
 
 def show_first_batch(
@@ -263,20 +275,14 @@ def optimizer_settings(config: CfgNode, learner: Learner) -> dict[str, float]:
     return {"weight_decay": config.TRAIN.WEIGHT_DECAY} | scale
 
 
-def evaluate_all(learner: Learner, val) -> dict[str, float]:
-    """Metrics of the model, and with the prefix `ema_` those of its average. A collective call."""
-    figures = engine.evaluate(learner, learner.bare, val)
+def evaluate_all(learner: Learner, val: Callable[[], Iterable[dict]]) -> dict[str, float]:
+    """Metrics of the model, and with the prefix `ema_` those of its average, each over `val()`. A collective call."""
+    figures = engine.evaluate(learner, learner.bare, val())
     figures = {"val_loss": figures.pop("loss"), **figures}
     if learner.ema is not None:
-        averaged = engine.evaluate(learner, learner.ema.module, val)
+        averaged = engine.evaluate(learner, learner.ema.module, val())
         figures |= {f"ema_{name}": averaged[name] for name in ("acc1", "acc5")}
     return figures
-
-
-def checkpoint_contents(config: CfgNode, learner: Learner, state: TrainState, class_names: list[str] | None) -> dict:
-    """What a checkpoint holds; see docs/FORMATS.md."""
-    run = {"format": 1, "state": state.state_dict(), "class_names": class_names, "config": dump(config)}
-    return learner.state_dict() | run
 
 
 def say_results(config: CfgNode, folder: RunFolder, checkpoints: CheckpointFolder, state: TrainState) -> None:

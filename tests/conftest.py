@@ -1,4 +1,7 @@
-"""What holds for all tests."""
+"""What holds for every test."""
+
+import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -7,3 +10,14 @@ import torch
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if "gpu" in item.keywords and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """main() sets logging up for the whole process, which outlives a test that calls it."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)

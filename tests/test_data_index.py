@@ -1,5 +1,6 @@
 """Image folders and their cached index."""
 
+import json
 import logging
 import os
 import pickle
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
 
+from data.checks import check_num_workers
 from data.datasets import open_folder
 from data.index import Strings
 from tests._images import age, write_folder
@@ -180,3 +182,46 @@ def test_mistakes_are_said(tmp_path):
     (tmp_path / "train" / "empty" / "loop").symlink_to(tmp_path / "train" / "empty")
     with pytest.raises(UserError, match="empty/loop is a link"):
         open_folder(tmp_path, "train")
+
+
+def test_hidden_files_are_left_out_and_counted(tmp_path, caplog):
+    """Such as the twins that macOS puts beside each file, and what version control keeps."""
+    write_folder(tmp_path / "train", {"a": 2, "b": 1, ".git": 1})
+    image = (tmp_path / "train" / "a" / sorted(os.listdir(tmp_path / "train" / "a"))[0]).read_bytes()
+    for hidden in ("a/._0.jpg", "a/.hidden.jpg"):
+        (tmp_path / "train" / hidden).write_bytes(image)
+    with caplog.at_level(logging.INFO):
+        images = open_folder(tmp_path, "train")
+    assert len(images) == 3 and images.class_names == ["a", "b"]
+    assert "2 hidden files or folders" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "head",
+    [{"stamps": {}}, {"stamps": {"train": [1]}, "class_names": 5}, {"format": 99}],
+)
+def test_a_cache_by_somebody_else_is_not_believed(root, head):
+    known = listing(open_folder(root, "train"))
+    place = root / ".swin_index_train.npz"
+    with np.load(place) as arrays:
+        found = dict(arrays)
+    own = json.loads(found["head"].tobytes())
+    found["labels"] = found["labels"][::-1]
+    found["head"] = np.frombuffer(json.dumps({**own, **head}).encode(), np.uint8)
+    np.savez(place, **found)
+    age(root)
+    assert listing(open_folder(root, "train")) == known
+
+
+@pytest.mark.parametrize(("workers", "processes"), [(10**9, 1), (40, 10**6)])
+def test_absurd_numbers_of_workers_are_refused(workers, processes):
+    with pytest.raises(UserError, match="DATA.NUM_WORKERS .* are too many. Take fewer: --opts DATA.NUM_WORKERS"):
+        check_num_workers(workers, processes)
+
+
+def test_more_workers_than_cores_are_warned_of(caplog):
+    cores = len(os.sched_getaffinity(0))
+    check_num_workers(cores, 1)
+    assert not caplog.messages
+    check_num_workers(cores + 1, 1)
+    assert "more than work at a time" in caplog.text

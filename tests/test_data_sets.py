@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import sys
 
@@ -108,6 +109,31 @@ def test_imagenet_22k(tmp_path):
     empty.mkdir()
     with pytest.raises(UserError, match="map_train.txt is missing"):
         build(empty, "DATA.DATASET", "imagenet22K")
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "pipe"])
+def test_what_is_listed_and_no_file_is_a_bad_image(tmp_path, place):
+    """A pipe without a writer would keep the reader waiting, and a device would fill the memory."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.jpg").symlink_to(place)
+    for split in ("train", "val"):
+        (tmp_path / f"ILSVRC2011fall_whole_map_{split}.txt").write_text("a.jpg\t7\n")
+    with pytest.raises(BadImage, match="a.jpg: is not a file"):
+        build(tmp_path, "DATA.DATASET", "imagenet22K").train.read(0)
+
+
+@pytest.mark.parametrize("line", ["../secret.jpg\t0", '[["a/../../secret.jpg", 0]]'])
+def test_lists_do_not_lead_out_of_the_data(tmp_path, line):
+    (tmp_path / "ILSVRC2011fall_whole_map_train.txt").write_text(line)
+    with pytest.raises(UserError, match="map_train.txt.*leads out of the data"):
+        build(tmp_path, "DATA.DATASET", "imagenet22K")
+
+
+@pytest.mark.parametrize("name", ["torch/image_folder", "torch/folder", "torch/imagenet"])
+def test_a_mistyped_path_makes_no_folder(tmp_path, name):
+    with pytest.raises(UserError, match="no folder .*mistyped"):
+        build(tmp_path / "mistyped", "DATA.DATASET", name)
+    assert not (tmp_path / "mistyped").exists()
 
 
 def _idx(array):

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import logging
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests._forked import forked
+from utils import logger
 from utils.errors import UserError
+from utils.events import EventFile
+from utils.files import append
 from utils.pictures import caption_of, captioned_grid
 from utils.records import Records
 from utils.run_folder import RunFolder
@@ -27,7 +34,6 @@ def test_resumed_run_leaves_no_doubled_points(tmp_path: Path):
         first.add("train", update, update * 10, {"loss": float(update)})
         if update % 4 == 0:
             first.add("epoch", update, update * 10, {"epoch": update // 4, "acc1": float(update)})
-    first.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "upd')  # killed in the middle of a line
 
@@ -35,7 +41,6 @@ def test_resumed_run_leaves_no_doubled_points(tmp_path: Path):
     for update in range(6, 9):
         second.add("train", update, update * 10, {"loss": -float(update)})
     second.add("epoch", 8, 80, {"epoch": 2, "acc1": 88.0})
-    second.close()
 
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
@@ -50,8 +55,71 @@ def test_resumed_run_leaves_no_doubled_points(tmp_path: Path):
 def test_figures_that_are_not_finite_are_null_in_json(tmp_path: Path):
     written = records(tmp_path)
     written.add("train", 1, 10, {"loss": float("nan"), "lr": 0.1})
-    written.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+def test_a_full_disk_is_said_once_and_when_it_is_over(tmp_path: Path, monkeypatch, caplog):
+    """What is written stays whole; what cannot be is lacking; nothing is raised."""
+    written = records(tmp_path)
+    written.add("train", 1, 10, {"loss": 1.0})
+    with monkeypatch.context() as full:
+        for module in ("utils.records", "utils.events"):
+            full.setattr(f"{module}.append", no_room)
+        full.setattr("utils.records.write_text", no_room)
+        for update in (2, 3):
+            written.add("train", update, update * 10, {"loss": 1.0})
+        written.add("epoch", 3, 30, {"epoch": 1, "acc1": 5.0})
+    written.add("train", 4, 40, {"loss": 1.0})
+    written.add("epoch", 4, 40, {"epoch": 2, "acc1": 6.0})
+    said = [line.partition(":")[0] for line in caplog.messages if "not written" in line]
+    assert sorted(said) == ["TensorBoard", "metrics.jsonl", "summary.csv"]
+    assert sum("written again" in line for line in caplog.messages) == 3
+    updates = [json.loads(line)["update"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert updates == [1, 4, 4]
+    assert [row["acc1"] for row in csv.DictReader(open(tmp_path / "summary.csv"))] == ["5.0", "6.0"]
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in shown.Scalars("train/loss")] == [1, 4]
+
+
+def no_room(*args):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path):
+    path = tmp_path / "lines"
+    append(path, b"first\n")
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+        try:
+            append(path, b"second line\n")
+        except OSError as error:
+            print(error.filename)
+
+    assert forked(limited).said.strip() == str(path)
+    assert path.read_bytes() == b"first\n"
+
+
+def test_event_files_follow_each_other_also_when_the_clock_goes_back(tmp_path: Path, monkeypatch):
+    for now in (2e9, 1e9, 1e9):
+        monkeypatch.setattr("utils.events.time.time", lambda now=now: now)
+        EventFile(tmp_path)
+    stamps = [path.name.split(".")[3] for path in sorted(tmp_path.iterdir())]
+    assert stamps == ["2000000000", "2000000001", "2000000002"]
+
+
+def test_what_is_said_before_there_is_a_log_file_stands_in_it(tmp_path: Path):
+    def start() -> None:
+        logger.set_up(0)
+        logging.getLogger("config").warning("a key has no effect")
+        logger.add_file(tmp_path / "log.txt")
+        logging.getLogger("modes").info("run folder")
+
+    assert forked(start).code == 0
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    said = [line.split(" ", 2)[2] for line in lines]
+    assert said == ["WARNING config: a key has no effect", "INFO modes: run folder"]
 
 
 def test_second_live_run_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path):

@@ -36,6 +36,7 @@ from models.layouts import (
     without_prefix,
 )
 from utils.checkpoint import SAFETENSORS, read_checkpoint, weights_in, write_weights
+from utils.command import answered
 from utils.errors import UserError
 
 KEYS = ("model", "state_dict")  # of the weights, in files that hold more
@@ -131,17 +132,14 @@ def translate(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (sys.argv by default) and returns the exit code, one of those in utils/errors.py."""
-    try:
+
+    def program() -> int:
         args = build_parser().parse_args(argv)
         for line in convert(args.source, args.target, args.to, args.window_size, args.keep_buffers):
             print(line)
         return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+
+    return answered(program)
 
 
 if __name__ == "__main__":

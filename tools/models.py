@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils import released
+from utils.command import answered
 from utils.errors import UserError
 from utils.files import write_text
 from utils.released import COUNTED, Release
@@ -65,16 +66,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", metavar="FILE", help="write the comparison to FILE as Markdown")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        if args.compare:
-            from tools.independent import comparison  # imports three libraries that a list has no need of
+    return answered(lambda: show(args))
 
-            table = comparison(args.only)
-        else:
-            table = listing(args.words)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+
+def show(args: argparse.Namespace) -> int:
+    if args.compare:
+        from tools.independent import comparison  # imports three libraries that a list has no need of
+
+        table = comparison(args.only)
+    else:
+        table = listing(args.words)
     print(table.terminal())
     if args.write:
         Path(args.write).parent.mkdir(parents=True, exist_ok=True)

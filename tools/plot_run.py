@@ -8,12 +8,16 @@ Loss and accuracy over epochs; a dashed line where the run was started again.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from utils.command import answered
 from utils.errors import UserError
 from utils.records import read_records
+
+EPOCH = ("epoch", "val_loss", "acc1")  # what a record of an epoch is drawn from
 
 
 def draw(folder: Path, picture: Path) -> None:
@@ -26,8 +30,8 @@ def draw(folder: Path, picture: Path) -> None:
     if not source.is_file():
         raise UserError(f"{source}: no such file. Give the folder of a run, such as logs/demo/default")
     records = read_records(folder)
-    train = [record for record in records if record["kind"] == "train" and record["loss"] is not None]
-    epochs = [record for record in records if record["kind"] == "epoch"]
+    train = [record for record in records if record["kind"] == "train" and _has_numbers(record, ("loss",))]
+    epochs = [r for r in records if r["kind"] == "epoch" and _has_numbers(r, EPOCH) and r["epoch"]]
     if not epochs:
         raise UserError(f"{source}: no epoch is complete yet; try again later")
     per_epoch = epochs[-1]["samples"] / epochs[-1]["epoch"]
@@ -40,7 +44,7 @@ def draw(folder: Path, picture: Path) -> None:
     left.set(xlabel="epoch", ylabel="loss")
     right.plot(done, [r["acc1"] for r in epochs], marker=".", label="top-1")
     if "ema_acc1" in epochs[-1]:
-        right.plot(done, [r["ema_acc1"] for r in epochs], marker=".", label="top-1 of the averaged weights")
+        right.plot(done, [r.get("ema_acc1") for r in epochs], marker=".", label="top-1 of the averaged weights")
     right.set(xlabel="epoch", ylabel="% of validation images")
     for number, samples in enumerate(restarts(folder)):
         for axes in (left, right):
@@ -56,11 +60,19 @@ def draw(folder: Path, picture: Path) -> None:
         raise UserError(f"{picture}: cannot be written ({error}). Give a path that ends in .png or .svg") from error
 
 
+def _has_numbers(record: dict, names: Sequence[str]) -> bool:
+    return all(isinstance(record.get(name), int | float) for name in names)
+
+
 def restarts(folder: Path) -> list[int]:
-    """The clock at each start that continued the run."""
-    notes = folder / "starts.jsonl"
-    starts = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
-    return [start["samples"] for start in starts if start["samples"] > 0]
+    """The clock at each start that continued the run. A line that was cut short by a kill is left out."""
+    starts = []
+    for line in (folder / "starts.jsonl").read_text().splitlines() if (folder / "starts.jsonl").exists() else []:
+        try:
+            starts.append(json.loads(line)["samples"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return [samples for samples in starts if isinstance(samples, int) and samples > 0]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,12 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="a run, such as logs/demo/default")
     parser.add_argument("picture", type=Path, help="the picture to write, .png or .svg")
     args = parser.parse_args(argv)
-    try:
-        draw(args.folder, args.picture)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return answered(lambda: draw(args.folder, args.picture) or 0)
 
 
 if __name__ == "__main__":

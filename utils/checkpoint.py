@@ -10,18 +10,21 @@ import re
 import zipfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
+from utils import sealed
 from utils.download import fetch
-from utils.errors import TrainingDiverged, UserError
+from utils.errors import UserError
 from utils.files import TEMPORARY, link_atomically, write_atomically
 
 log = logging.getLogger(__name__)
 
 SAFETENSORS = ".safetensors"
+LARGEST_CLAIM = 1 << 30  # bytes that a tensor may have beyond those of its storage
 
 # Classes that training programs pickle beside their weights. They are read as a dict: their code is never run, and
 # the unpickler accepts this one type of mapping.
@@ -40,6 +43,12 @@ def read_checkpoint(source: str, progress: bool = False) -> dict:
         UserError: missing, damaged, not a checkpoint, a wrong digest, or a pickle that names code to run.
     """
     path = fetch(source, progress)
+    contents = _load(path)
+    _require_dense(contents, path, [])
+    return contents
+
+
+def _load(path: Path) -> dict:
     if _is_safetensors(path):
         try:
             return safetensors.torch.load_file(path)
@@ -56,6 +65,21 @@ def read_checkpoint(source: str, progress: bool = False) -> dict:
     return contents
 
 
+def _require_dense(contents: object, path: Path, above: list[int]) -> None:
+    """Every tensor lies in memory value by value, as training saves them: none sparse, quantised, or a few bytes that
+    claim to be terabytes; and no dict is in itself.
+    """
+    if isinstance(contents, torch.Tensor):
+        dense = contents.layout is torch.strided and contents.device.type == "cpu" and not contents.is_quantized
+        if not dense or contents.nbytes - contents.untyped_storage().nbytes() > LARGEST_CLAIM:
+            raise UserError(f"{path}: holds a tensor that is no plain array of numbers. Save the weights as plain ones")
+    elif isinstance(contents, dict | list | tuple):
+        if id(contents) in above or len(above) > 50:
+            raise UserError(f"{path}: not a checkpoint: its entries are nested without end. Take another copy")
+        for value in contents.values() if isinstance(contents, dict) else contents:
+            _require_dense(value, path, [*above, id(contents)])
+
+
 def weights_in(contents: dict, source: str) -> dict[str, torch.Tensor]:
     """The state dict in a checkpoint: under `model` or `state_dict`, or the file as a whole.
 
@@ -64,7 +88,8 @@ def weights_in(contents: dict, source: str) -> dict[str, torch.Tensor]:
     """
     weights = contents.get("model", contents.get("state_dict", contents))
     if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"{source}: no weights found; its entries are {', '.join(map(str, list(contents)[:8]))}")
+        listed = ", ".join(str(key)[:80] for key in list(contents)[:8])
+        raise UserError(f"{source}: no weights found; its entries are {listed}. Give a file that holds some")
     weights = {str(name): value for name, value in weights.items() if isinstance(value, torch.Tensor)}
     broken = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
@@ -101,7 +126,17 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _require_whole(path: Path) -> None:
-    """Checks the checksum that the file carries for each of its records; torch.load does not look at them."""
+    """Checks the digest of all its bytes that a file of this program carries; of other files, the checksum of each of
+    their records. torch.load looks at neither.
+    """
+    try:
+        whole = sealed.is_as_it_was_saved(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}). Take another copy") from error
+    if whole:
+        return
+    if whole is False:
+        raise UserError(f"{path}: damaged: it is not what was saved, by its SHA-256. Take another copy")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -190,24 +225,25 @@ class CheckpointFolder:
     def save(self, contents: dict, epoch: int | None = None, best: bool = False) -> None:
         """Writes `last.pth`, and names it `epoch_NNNN.pth` and `best.pth` too where asked.
 
+        `last.pth` comes last: a process killed in between finds the earlier one, makes the same epoch again, and
+        leaves all names as they should be.
+
         Raises:
-            TrainingDiverged: a tensor in `contents` is not finite; nothing was written.
             UserError: the disk is full or not writable; the earlier checkpoints are unharmed.
         """
-        _require_finite(contents)
+        numbered = [] if epoch is None else [self.folder / f"epoch_{epoch:04d}.pth"]
+        first, *others = [*numbered, *([self.best] if best else []), self.last]
         try:
-            write_atomically(self.last, lambda file: torch.save(contents, file))
-            if epoch is not None:
-                link_atomically(self.last, self.folder / f"epoch_{epoch:04d}.pth")
-            if best:
-                link_atomically(self.last, self.best)
+            write_atomically(first, lambda file: sealed.save(contents, file))
+            for other in others:
+                link_atomically(first, other)
             if self.keep:
                 for old in self.numbered()[self.keep :]:
                     old.unlink()
         except (OSError, RuntimeError) as error:  # torch.save wraps a write error in a RuntimeError
             raise UserError(
-                f"{self.last}: could not be written ({_root_cause(error)}). Earlier checkpoints are unharmed; make "
-                "room or give another --output, and start again"
+                f"{first}: could not be written ({_root_cause(error)}). Earlier checkpoints are unharmed; make room or "
+                "give another --output, and start again"
             ) from error
 
     def numbered(self) -> list[Path]:
@@ -218,18 +254,37 @@ class CheckpointFolder:
     def newest(self) -> tuple[Path, dict] | None:
         """The newest checkpoint that can be read, with its contents, or None in a folder without checkpoints.
 
+        That is `last.pth`; where it is missing or damaged, the one of the others with the most samples on its clock.
+
         Raises:
             UserError: there are checkpoints, and none of them can be read.
         """
-        candidates = [path for path in (self.last, *self.numbered()) if path.exists()]
-        for path in candidates:
-            try:
-                return path, read_checkpoint(str(path))
-            except UserError as error:
-                log.warning("%s — trying the one before it", error)
-        if candidates:
+        others = [self.numbered(), [self.best] if self.best.exists() else []]
+        if not self.last.exists():
+            if not any(others):
+                return None
+            log.warning("%s: missing — trying the one before it", self.last)
+        elif found := _first_readable([self.last]):
+            return found
+        readable = [found for paths in others if (found := _first_readable(paths))]
+        if not readable:
             raise UserError(f"{self.folder}: none of its checkpoints can be read. Start anew with another --tag")
-        return None
+        return max(readable, key=lambda found: _clock(found[1]))
+
+
+def _first_readable(paths: list[Path]) -> tuple[Path, dict] | None:
+    for path in paths:
+        try:
+            return path, read_checkpoint(str(path))
+        except UserError as error:
+            log.warning("%s — trying the one before it", error)
+    return None
+
+
+def _clock(contents: dict) -> int:
+    state = contents.get("state")
+    samples = state.get("samples") if isinstance(state, dict) else None
+    return samples if isinstance(samples, int) else -1
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -239,13 +294,23 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _require_finite(contents: object, where: str = "") -> None:
-    if isinstance(contents, torch.Tensor):
-        if contents.is_floating_point() and not contents.isfinite().all():
-            raise TrainingDiverged(f"{where.lstrip('.')} is not finite: not saved. The last good checkpoint stays")
-    elif isinstance(contents, dict):
-        for key, value in contents.items():
-            _require_finite(value, f"{where}.{key}")
-    elif isinstance(contents, list | tuple):
-        for index, value in enumerate(contents):
-            _require_finite(value, f"{where}.{index}")
+def not_finite(contents: dict) -> str | None:
+    """The name of the first tensor in `contents` that holds a number that is not finite. Waits for the device."""
+    found = list(_floats(contents, ""))
+    # The largest magnitude is infinite or NaN where any is: one pass, without a copy of the size of the tensor.
+    largest = [torch.linalg.vector_norm(value, torch.inf) for _, value in found]
+    for device in {value.device for value in largest}:
+        names = [name for name, value in found if value.device == device]
+        finite = torch.stack([value.isfinite() for value in largest if value.device == device]).tolist()
+        if not all(finite):
+            return names[finite.index(False)]
+    return None
+
+
+def _floats(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point() and value.numel():
+            yield name, value
+    elif isinstance(value, dict | list | tuple):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _floats(each, f"{name}.{key}".lstrip("."))

@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode
 
+from utils import released
 from utils.errors import UserError
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -131,7 +132,8 @@ def refuse_unknown(key: str, origin: str, schema: dict[str, Kind]) -> None:
     sections = {name.rpartition(".")[0] for name in schema} - {""}
     guess = nearest(key, [*schema, *sections])
     advice = f"Did you mean {guess}?" if guess else "All keys stand in config.py, each with a comment."
-    raise UnknownKey(f"{origin}: there is no key {key}. {advice}", key, origin)
+    shown = key if key.isprintable() and key else repr(key)
+    raise UnknownKey(f"{origin}: there is no key {shown}. {advice}", key, origin)
 
 
 def pair_up(opts: Sequence[object]) -> list[Override]:
@@ -164,7 +166,9 @@ def read_files(path: str | Path, schema: dict[str, Kind], below: tuple[str, ...]
     for override in [override for override in overrides if override.key == "BASE"]:
         for base in filter(None, _converted(override, schema)):
             if not (path.parent / base).is_file():
-                raise UserError(f"{override.origin}: BASE names {base}, but there is no file {path.parent / base}.")
+                raise UserError(
+                    f"{override.origin}: BASE names {base}, but there is no file {path.parent / base}. Mend the path."
+                )
             inherited += read_files(path.parent / base, schema, chain)
     return inherited + [override for override in overrides if override.key != "BASE"]
 
@@ -224,27 +228,38 @@ def _read_file(path: Path, schema: dict[str, Kind]) -> list[Override]:
         what = "is Python code, which is never executed here" if path.suffix == ".py" else "is not a YAML file"
         raise UserError(f"{path} {what}: give a file that ends in .yaml or .yml, such as configs/swin_tiny.yaml.")
     try:
-        # Composing stops at nodes that know their line; nothing is constructed from them.
-        root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
-        advice = f"Did you mean {path.parent / near[0]}?" if near else "Check the path given to --cfg."
+        advice = f"Did you mean {path.parent / near[0]}?" if near else _recipe_for(path.stem)
         raise UserError(f"There is no file {path}. {advice}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}. A configuration is a text file in UTF-8.") from error
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Give a configuration, which is a text in UTF-8.") from error
+    return read_text(text, str(path), schema)
+
+
+def read_text(text: str, source: str, schema: dict[str, Kind]) -> list[Override]:
+    """The values of a YAML text, which errors call `source`.
+
+    Raises:
+        UserError: not YAML, malformed, empty, a key twice, a section in place of a value.
+    """
+    try:
+        # Composing stops at nodes that know their line; nothing is constructed from them.
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except RecursionError:
-        raise UserError(f"{path} is nested too deeply to be a configuration; the keys stand in config.py.") from None
+        raise UserError(f"{source} is nested too deeply to be a configuration; the keys stand in config.py.") from None
     except yaml.MarkedYAMLError as error:
         line = (error.problem_mark or error.context_mark).line + 1
         advice = "Check indentation, colons and brackets."
-        raise UserError(f"{path}, line {line}: not YAML: {error.problem or error.context}. {advice}") from None
+        raise UserError(f"{source}, line {line}: not YAML: {error.problem or error.context}. {advice}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {error}. Write it as plain text in UTF-8.") from None
+        raise UserError(f"{source} is not YAML: {error}. Write it as plain text in UTF-8.") from None
     if root is None:
-        raise UserError(f"{path} is empty: write at least one key, such as MODEL.NAME.")
+        raise UserError(f"{source} is empty: write at least one key, such as MODEL.NAME.")
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path} holds no keys: write `KEY: value` lines, as in configs/swin_tiny.yaml.")
-    overrides = list(_walk(root, "", path, schema))
+        raise UserError(f"{source} holds no keys: write `KEY: value` lines, as in configs/swin_tiny.yaml.")
+    overrides = list(_walk(root, "", source, schema))
     first: dict[str, str] = {}
     for override in overrides:
         if override.key in first:
@@ -253,9 +268,16 @@ def _read_file(path: Path, schema: dict[str, Kind]) -> list[Override]:
     return overrides
 
 
-def _walk(node: yaml.MappingNode, prefix: str, path: Path, schema: dict[str, Kind]) -> Iterator[Override]:
+def _recipe_for(name: str) -> str:
+    """What to say of a file that is not there: which of ours the original project's file of that name is here."""
+    recipes = {release.name: release.recipe for release in released.RELEASES if release.origin == "original"}
+    near = difflib.get_close_matches(name, recipes, n=1, cutoff=0.85)
+    return f"Here that recipe is configs/{recipes[near[0]]}.yaml." if near else "Check the path given to --cfg."
+
+
+def _walk(node: yaml.MappingNode, prefix: str, source: str, schema: dict[str, Kind]) -> Iterator[Override]:
     for key_node, value_node in node.value:
-        origin = f"{path}, line {key_node.start_mark.line + 1}"
+        origin = f"{source}, line {key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
             raise UserError(f"{origin}: a key must be a name, such as TRAIN.")
         key = prefix + key_node.value
@@ -265,7 +287,7 @@ def _walk(node: yaml.MappingNode, prefix: str, path: Path, schema: dict[str, Kin
         elif key in schema:
             raise UserError(f"{origin}: {key} takes {schema[key]}, not a section with keys of its own.")
         elif any(name.startswith(f"{key}.") for name in schema):
-            yield from _walk(value_node, f"{key}.", path, schema)
+            yield from _walk(value_node, f"{key}.", source, schema)
         else:
             refuse_unknown(key, origin, schema)
 

@@ -1,6 +1,7 @@
 """What values the keys of config.py may have, alone and together; and which keys are understood but change nothing."""
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,14 +31,18 @@ INTERVALS = {
     "[0, inf)": """
         DATA.NUM_WORKERS DATA.MAX_BAD_IMAGES MODEL.NUM_CLASSES TRAIN.START_EPOCH TRAIN.WARMUP_EPOCHS TRAIN.WEIGHT_DECAY
         TRAIN.BASE_LR TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.CLIP_GRAD TRAIN.OPTIMIZER.EPS AUG.COLOR_JITTER AUG.MIXUP
-        AUG.CUTMIX SAVE_STEPS SAVE_KEEP SEED LOCAL_RANK MODEL.SWINV2.PRETRAINED_WINDOW_SIZES""",
+        AUG.CUTMIX SAVE_STEPS SAVE_KEEP LOCAL_RANK MODEL.SWINV2.PRETRAINED_WINDOW_SIZES""",
     "[1, inf)": """
-        DATA.BATCH_SIZE DATA.IMG_SIZE MODEL.SWIN.PATCH_SIZE MODEL.SWIN.IN_CHANS MODEL.SWIN.EMBED_DIM MODEL.SWIN.DEPTHS
+        DATA.IMG_SIZE MODEL.SWIN.PATCH_SIZE MODEL.SWIN.IN_CHANS MODEL.SWIN.EMBED_DIM MODEL.SWIN.DEPTHS
         MODEL.SWIN.NUM_HEADS MODEL.SWIN.WINDOW_SIZE MODEL.SWINV2.PATCH_SIZE MODEL.SWINV2.IN_CHANS
         MODEL.SWINV2.EMBED_DIM MODEL.SWINV2.DEPTHS MODEL.SWINV2.NUM_HEADS MODEL.SWINV2.WINDOW_SIZE
         MODEL.SWIN_MLP.PATCH_SIZE MODEL.SWIN_MLP.IN_CHANS MODEL.SWIN_MLP.EMBED_DIM MODEL.SWIN_MLP.DEPTHS
         MODEL.SWIN_MLP.NUM_HEADS MODEL.SWIN_MLP.WINDOW_SIZE TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS TRAIN.MAX_BAD_STEPS
-        TRAIN.LR_SCHEDULER.DECAY_EPOCHS TRAIN.LR_SCHEDULER.MULTISTEPS AUG.RECOUNT SAVE_FREQ PRINT_FREQ""",
+        TRAIN.LR_SCHEDULER.DECAY_EPOCHS TRAIN.LR_SCHEDULER.MULTISTEPS SAVE_FREQ PRINT_FREQ""",
+    "[1, 65536]": "DATA.BATCH_SIZE",
+    "[1, 100]": "AUG.RECOUNT",
+    "[1, 1000000]": "TIMEOUT",
+    "[0, 1e18]": "SEED",
     "(0, inf)": "MODEL.SWIN.MLP_RATIO MODEL.SWIN.QK_SCALE MODEL.SWINV2.MLP_RATIO MODEL.SWIN_MLP.MLP_RATIO",
     "[0, 1)": """
         MODEL.DROP_RATE MODEL.ATTN_DROP_RATE MODEL.DROP_PATH_RATE MODEL.LABEL_SMOOTHING TRAIN.EMA_DECAY
@@ -98,7 +103,7 @@ TYPES_NOT_YET = {"swin_moe": "Swin-MoE"}
 BOOKKEEPING = frozenset(NO_EFFECT) | {
     "BASE", "DATA.DATA_PATH", "DATA.CACHE_MODE", "DATA.PIN_MEMORY", "DATA.NUM_WORKERS", "DATA.MAX_BAD_IMAGES",
     "MODEL.RESUME", "TRAIN.AUTO_RESUME", "TRAIN.MAX_BAD_STEPS", "OUTPUT", "TAG", "SAVE_FREQ", "SAVE_STEPS", "SAVE_KEEP",
-    "PRINT_FREQ", "EVAL_MODE", "THROUGHPUT_MODE",
+    "PRINT_FREQ", "TIMEOUT", "EVAL_MODE", "THROUGHPUT_MODE",
 }  # fmt: skip
 
 # Values of other keys between which a run may change without becoming another: they compute the same to the bit.
@@ -119,6 +124,12 @@ def check_each(values: dict[str, object], origins: dict[str, str]) -> None:
         items = value if isinstance(value, list | tuple) else [value]
         if not all(item is None or accepts(item) for item in items):
             raise UserError(f"{origins.get(key, 'default')}: {key} is {value!r} but must be {wanted}.")
+    for key, value in values.items():
+        for text in [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []:
+            if isinstance(text, str) and any(character < " " for character in text):
+                raise UserError(
+                    f"{origins.get(key, 'default')}: {key} is {value!r}: remove the line break, tab or the like in it."
+                )
     for key, length in LENGTHS.items():
         if values[key] is not None and len(values[key]) != length:
             raise UserError(f"{origins.get(key, 'default')}: {key} is {values[key]!r} but must have {length} numbers.")
@@ -148,6 +159,9 @@ def contradictions(config: CfgNode, said: Callable[[str], str]) -> Iterator[str]
     if config.MODEL.TYPE in SECTIONS:
         section = SECTIONS[config.MODEL.TYPE]
         yield from _architecture_contradictions(config.MODEL[section.rpartition(".")[2]], section, said)
+        channels = f"{section}.IN_CHANS"
+        if config.MODEL[section.rpartition(".")[2]].IN_CHANS != 3 and not config.THROUGHPUT_MODE:
+            yield f"{said(channels)} must be 3, since images are read as RGB; only --throughput takes other numbers."
     train, scheduler, aug = config.TRAIN, config.TRAIN.LR_SCHEDULER, config.AUG
     if train.WARMUP_EPOCHS >= train.EPOCHS:
         yield (
@@ -181,6 +195,8 @@ def contradictions(config: CfgNode, said: Callable[[str], str]) -> Iterator[str]
     for key, name in (("MODEL.NAME", config.MODEL.NAME), ("TAG", config.TAG)):
         if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
             yield f"{said(key)} names a folder under OUTPUT, so it must be neither empty nor absolute nor contain '..'."
+        elif any(len(os.fsencode(part)) > 255 for part in Path(name).parts):
+            yield f"{key} names a folder, whose name may have 255 bytes: give a shorter one than {name[:40]}…"
     if config.EVAL_MODE and config.THROUGHPUT_MODE:
         yield f"{said('EVAL_MODE')} and {said('THROUGHPUT_MODE')} exclude each other: leave out --eval or --throughput."
     if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):

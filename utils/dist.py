@@ -4,6 +4,9 @@ One process needs no process group; everything here then does nothing or returns
 """
 
 import os
+import re
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +15,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from utils.errors import UserError
+from utils.errors import LostProcess, UserError
+from utils.pulse import Pulse
 
-# How long a process waits for the others: walking a folder of millions of files over a network takes its time.
-PATIENCE = timedelta(minutes=30)
+# How a collective call says that it waited in vain, or that the other end is gone.
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe", re.IGNORECASE)
+
+# NCCL ends a process that waited too long without another word. Gloo, which agrees on stopping after each update,
+# raises an error that can be explained: it is given the time to.
+_GLOO_FIRST = timedelta(minutes=1)
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,15 @@ class Process:
 
 
 @contextmanager
-def process_group() -> Iterator[Process]:
+def process_group(timeout: int) -> Iterator[Process]:
     """Joins the processes that torchrun started (NCCL between GPUs, gloo between CPUs) and leaves them at the end.
+
+    Args:
+        timeout: seconds that a process waits for the others.
 
     Raises:
         UserError: more processes on this machine than it has GPUs.
+        LostProcess: another process was killed, or did not come within `timeout`; the message names it.
     """
     rank, world_size, local_rank, local_world_size = (
         int(os.environ.get(name, default))
@@ -54,16 +66,89 @@ def process_group() -> Iterator[Process]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if world_size > 1:
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device, timeout=PATIENCE)
-        else:
-            dist.init_process_group("gloo", timeout=PATIENCE)
+    process = Process(rank, world_size, local_rank, local_world_size, device)
+    if world_size == 1:
+        yield process
+        return
+    pulse = _join(process, timedelta(seconds=timeout))
+    why = "done"
     try:
-        yield Process(rank, world_size, local_rank, local_world_size, device)
+        yield process
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            why = _in_short(error)
+            raise
+        why = ""  # not the cause; and no word to the group any more: it could wait for the lost one
+        raise LostProcess(
+            f"a process of this run is lost: {pulse.name_the_lost()}. Its own last words, if any, stand in its output. "
+            "Start again to continue from the last checkpoint (torchrun --max-restarts=N does so by itself)"
+        ) from error
+    except BaseException as error:
+        why = _in_short(error)
+        raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        pulse.leave(why)
+
+
+def _join(process: Process, timeout: timedelta) -> Pulse:
+    cuda = process.device.type == "cuda"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store = _fresh(store, process, timeout)
+        pulse = Pulse(store, process.rank, process.world_size)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=process.rank,
+            world_size=process.world_size,
+            timeout=timeout + _GLOO_FIRST if cuda else timeout,
+            device_id=process.device if cuda else None,
+        )
+    except (dist.DistError, TimeoutError) as error:
+        raise LostProcess(
+            f"not all {process.world_size} processes came together within {timeout.total_seconds():.0f} s (TIMEOUT): "
+            f"{_in_short(error)}. Start all of them, with the same address in MASTER_ADDR and MASTER_PORT"
+        ) from error
+    return pulse
+
+
+def _fresh(store: dist.Store, process: Process, timeout: timedelta) -> dist.Store:
+    """A part of `store` that holds nothing yet, the same one on all processes.
+
+    torchrun keeps one store for all its restarts, in which processes would find the addresses of those before them.
+    Rank 0 gives this start a name, to each process that asks: an answer counts for whoever's question it repeats.
+    """
+    until = time.monotonic() + timeout.total_seconds()
+    me = uuid.uuid4().hex
+    others = [str(rank) for rank in range(1, process.world_size)]
+    store = dist.PrefixStore("start", store)
+    if process.rank == 0:
+        heard = [f"{rank}/heard" for rank in others]
+        while not (store.check(heard) and all(value.decode() == me for value in store.multi_get(heard))):
+            for rank in others:
+                if store.check([f"{rank}/asks"]):
+                    store.set(f"{rank}/told", f"{store.get(f'{rank}/asks').decode()} {me}")
+            _wait_a_little(until, "some processes did not ask")
+        return dist.PrefixStore(me, store)
+    store.set(f"{process.rank}/asks", me)
+    while True:
+        if store.check([f"{process.rank}/told"]):
+            asked, _, name = store.get(f"{process.rank}/told").decode().partition(" ")
+            if asked == me:
+                store.set(f"{process.rank}/heard", name)
+                return dist.PrefixStore(name, store)
+        _wait_a_little(until, "rank 0 did not answer")
+
+
+def _wait_a_little(until: float, otherwise: str) -> None:
+    if time.monotonic() > until:
+        raise TimeoutError(otherwise)
+    time.sleep(0.01)
+
+
+def _in_short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def barrier() -> None:

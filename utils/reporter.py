@@ -60,4 +60,3 @@ class Reporter:
 
     def close(self) -> None:
         self.progress.close()
-        self.records.close()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import append, write_text
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "yacs", "tensorboard", "triton")
 
@@ -46,15 +46,21 @@ class RunFolder:
             raise UserError(f"{self.path}: cannot be written ({error}). Give another folder with --output") from error
         try:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # A lock of this process alone (fcntl's, not flock's): the workers that it forks do not hold it on when
+                # it is killed, and network file systems have it across machines.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
                 raise UserError(
                     f"{self.path}: another run is live in this folder ({holder}). Wait for it, or give this run a name "
                     "of its own with --tag"
                 ) from error
-            os.ftruncate(lock, 0)
-            os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            try:
+                os.ftruncate(lock, 0)
+                os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            except OSError as error:
+                said = f"{self.path}: cannot be written ({error}). Make room, or give another folder with --output"
+                raise UserError(said) from error
             yield
         finally:
             os.close(lock)
@@ -65,8 +71,7 @@ class RunFolder:
     def note_start(self, details: dict) -> None:
         """Adds this start to `starts.jsonl`: time, command, git commit, versions, and `details`."""
         record = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z"), **details, **environment()}
-        with open(self.path / "starts.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        append(self.path / "starts.jsonl", (json.dumps(record) + "\n").encode())
 
 
 def environment() -> dict:

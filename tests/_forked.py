@@ -1,0 +1,120 @@
+"""Calls in a child of this process, which has imported everything already: what they said, ran, and how they ended.
+
+A child costs milliseconds, and whatever happens in it (a crash in a decoder, a hang, code that runs) stays in it.
+"""
+
+import faulthandler
+import os
+import resource
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# What Python tells its audit hooks when a program is started, a connection made or foreign code loaded.
+_SUSPICIOUS = (
+    "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn", "subprocess.Popen",
+    "socket.connect", "socket.getaddrinfo", "ctypes.dlopen", "webbrowser.open",
+)  # fmt: skip
+_OWN_PROGRAMS = ("git", "uname", "lscpu")  # what a run asks for its notes, see utils/run_folder.py
+_NOTE = "\x00executed: "
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """code: exit code, negative for the signal that ended it, None where it hung; said: stdout and stderr together;
+    executed: programs started, connections made and the like."""
+
+    code: int | None
+    said: str
+    seconds: float
+    executed: tuple[str, ...]
+
+
+def forked(call: Callable[[], int | None], timeout: float = 60.0, memory: int = 0) -> Outcome:
+    """Runs `call` in a child of its own, ends it after `timeout` seconds, and tells what became of it.
+
+    Args:
+        call: its result is the exit code, None meaning 0; an exception is printed as Python does, and code 1.
+        memory: bytes of address space that the child may take beyond what it begins with; 0 for no limit.
+    """
+    reading, writing = os.pipe()  # not a file: limits on files and full disks are among what is tested
+    os.set_blocking(reading, False)
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        _be_the_child(call, writing, timeout, memory)
+    os.close(writing)
+    output = bytearray()
+    code = _wait(child, reading, output, started + timeout)
+    seconds = time.monotonic() - started
+    os.close(reading)
+    lines = output.decode(errors="replace").split("\n")
+    executed = tuple(line.split(_NOTE)[1] for line in lines if _NOTE in line)
+    return Outcome(code, "\n".join(line for line in lines if _NOTE not in line), seconds, executed)
+
+
+def _wait(child: int, reading: int, output: bytearray, end: float) -> int | None:
+    """Collects what the child says until it ends; None, and its end, when that is after `end`."""
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        select.select([reading], [], [], 0 if pid else 0.005)
+        _drain(reading, output)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+    for target in (-child, child):  # with all that it started
+        try:
+            os.kill(target, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    os.waitpid(child, 0)
+    _drain(reading, output)
+    return None
+
+
+def _drain(reading: int, output: bytearray) -> None:
+    try:
+        while chunk := os.read(reading, 1 << 16):
+            output += chunk
+    except BlockingIOError:
+        return
+
+
+def _be_the_child(call: Callable[[], int | None], output: int, timeout: float, memory: int) -> None:
+    """Never returns: leaves by os._exit, so that nothing of the parent (its tests, its files) is ended twice."""
+    code = 1
+    try:
+        os.setsid()
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        faulthandler.dump_traceback_later(0.9 * timeout, file=2)  # a child that hangs says where
+        sys.stdout = open(1, "w", errors="backslashreplace", closefd=False, buffering=1)
+        sys.stderr = open(2, "w", errors="backslashreplace", closefd=False, buffering=1)
+        if memory:
+            taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (taken + memory, resource.RLIM_INFINITY))
+        sys.addaudithook(_note)
+        code = call() or 0
+        sys.stdout.flush()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        sys.stdout.flush()
+    except BaseException:
+        os.write(2, traceback.format_exc().encode(errors="replace"))
+    finally:
+        os._exit(code)
+
+
+def _note(event: str, arguments: tuple) -> None:
+    if event not in _SUSPICIOUS:
+        return
+    if event == "socket.connect" and isinstance(arguments[1], str):
+        return  # a socket of this machine, as loader workers have
+    if event == "subprocess.Popen" and os.path.basename(str(arguments[0])) in _OWN_PROGRAMS:
+        return
+    if event in ("os.posix_spawn", "os.exec") and os.path.basename(os.fsdecode(arguments[0])) in _OWN_PROGRAMS:
+        return
+    os.write(2, f"\n{_NOTE}{event} {arguments!r}".replace("\n", " ").join("\n\n").encode(errors="replace"))

@@ -1,0 +1,1 @@
+"""Faults, each with a harness that anyone can run: `python -m tests.faults --help`."""

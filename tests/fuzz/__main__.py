@@ -1,0 +1,42 @@
+"""Bad input, by the thousand: `python -m tests.fuzz images|configs|trees|checkpoints [--count N] [--seed S]`.
+
+Prints how many cases came out as they should, by kind, the seed and the minutes; and each that did not. The exit code
+is 1 if there was any.
+"""
+
+import os
+
+# Before torch is imported: a process with threads of its own cannot be forked safely.
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+
+import argparse  # noqa: E402
+import importlib  # noqa: E402
+import sys  # noqa: E402
+
+# How many make the figure in docs/FAULTS.md, and in the short form of `make test`.
+COUNTS = {"images": (1000, 100), "configs": (300, 10), "trees": (100, 10), "checkpoints": (200, 12)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n")[0])
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(COUNTS)}; all if none is named")
+    parser.add_argument("--count", type=int, help="cases of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--short", action="store_true", help="a few of each: what `make test` does")
+    args = parser.parse_args()
+    if unknown := set(args.kinds) - set(COUNTS):
+        parser.error(f"there is no {', '.join(unknown)}; choose from {', '.join(COUNTS)}")
+
+    import main  # noqa: F401  imported here, once, for all the children
+    import modes  # noqa: F401
+
+    failed = False
+    for kind in args.kinds or COUNTS:
+        tally = importlib.import_module(f"tests.fuzz.{kind}").run(args.count or COUNTS[kind][args.short], args.seed)
+        print("\n".join(tally.lines()), flush=True)
+        failed |= bool(tally.failures)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Images: damaged, cut short, lying about their size, of another kind than their name says.
+
+Each is decoded alone, in this process's child, and must become an RGB picture or a `BadImage` that names it. All of
+them are read once more by main.py, in folders of 50: every one is counted there, as evaluated or as left out by name.
+"""
+
+import io
+import random
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.decode import BadImage, decode
+from tests._forked import forked
+from tests._tally import Tally
+from tests._tiny import run_main, write_images, write_recipe
+from tests.fuzz.drawing import drawn
+from tests.fuzz.judge import MEMORY, TIMEOUT, run_briefly, wrong_about
+
+IN_ONE_FOLDER = 50
+EXPANDED = 178_956_970  # pixels beyond which Pillow refuses
+
+
+def _encoded() -> dict[str, bytes]:
+    """A small sound image of each kind that is read here, and some that are not."""
+    values = np.random.RandomState(0).randint(0, 256, (40, 36, 3), np.uint8)
+    rgb = Image.fromarray(values)
+    grey16 = Image.fromarray(values[..., 0].astype(np.uint16) * 257)
+    kinds = {
+        "jpeg": (rgb, "JPEG", {}), "progressive": (rgb, "JPEG", {"progressive": True}),
+        "cmyk": (rgb.convert("CMYK"), "JPEG", {}), "grey": (rgb.convert("L"), "JPEG", {}),
+        "exif": (rgb, "JPEG", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0"}), "png": (rgb, "PNG", {}),
+        "palette": (rgb.convert("P"), "PNG", {"transparency": 3}), "rgba": (rgb.convert("RGBA"), "PNG", {}),
+        "grey16": (grey16, "PNG", {}), "one bit": (rgb.convert("1"), "PNG", {}), "bmp": (rgb, "BMP", {}),
+        "ppm": (rgb, "PPM", {}), "tiff": (rgb, "TIFF", {}), "lzw": (rgb, "TIFF", {"compression": "tiff_lzw"}),
+        "deflated": (rgb, "TIFF", {"compression": "tiff_deflate"}), "float": (rgb.convert("F"), "TIFF", {}),
+        "webp": (rgb, "WEBP", {}), "lossless": (rgb, "WEBP", {"lossless": True}), "gif": (rgb.convert("P"), "GIF", {}),
+        "ico": (rgb, "ICO", {}), "pcx": (rgb, "PCX", {}), "eps": (rgb, "EPS", {}), "tga": (rgb, "TGA", {}),
+    }  # fmt: skip
+    encoded = {}
+    for name, (picture, kind, options) in kinds.items():
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **options)
+        encoded[name] = buffer.getvalue()
+    encoded["svg"] = b"<svg xmlns='http://www.w3.org/2000/svg'><script>x</script></svg>"
+    encoded["html"] = b"<html>404 not found</html>"
+    encoded["script"] = b"#!/bin/sh\ntouch executed\n"
+    encoded["postscript"] = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch executed) (w) file\n"
+    return encoded
+
+
+SOUND = _encoded()
+
+
+@st.composite
+def images(draw) -> tuple[str, bytes]:
+    """(what was done, the bytes)."""
+    name = draw(st.sampled_from(sorted(SOUND)))
+    data = SOUND[name]
+    what = draw(
+        st.sampled_from(["flip", "flip", "cut", "insert", "splice", "size", "zeros", "repeat", "tail", "noise"])
+    )
+    draws = random.Random(draw(st.integers(0, 2**32)))
+    place = draws.randrange(len(data))
+    if what == "flip":
+        changed = bytearray(data)
+        for _ in range(draws.choice((1, 2, 8, 64))):
+            changed[draws.randrange(min(len(data), draws.choice((40, 400, len(data)))))] ^= 1 << draws.randrange(8)
+        data = bytes(changed)
+    elif what == "cut":
+        data = data[:place]
+    elif what == "insert":
+        data = data[:place] + draws.randbytes(draws.choice((1, 4, 100))) + data[place:]
+    elif what == "splice":
+        other = SOUND[draws.choice(sorted(SOUND))]
+        data = data[:place] + other[draws.randrange(len(other)) :]
+    elif what == "size":  # numbers in the head that say how large everything is
+        changed = bytearray(data)
+        start = draws.randrange(min(len(data), 200))
+        number = draws.choice((b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\0\1\0\0", b"\xff\xff", b"\0\0"))
+        changed[start : start + len(number)] = number
+        data = bytes(changed)
+    elif what == "zeros":
+        data = data[:place] + bytes(len(data) - place)
+    elif what == "repeat":
+        data = data * draws.choice((2, 50))
+    elif what == "tail":
+        data = data + draws.randbytes(1000)
+    else:
+        data = data[: draws.randrange(20)] + draws.randbytes(len(data))
+    return f"{name}: {what}", data
+
+
+def run(count: int, seed: int) -> Tally:
+    tally = Tally("images", seed)
+    cases = drawn(images(), count, seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        words = _a_trained_model(root)
+        for start in range(0, count, IN_ONE_FOLDER):
+            _look_at(cases[start : start + IN_ONE_FOLDER], root, words, tally)
+    return tally
+
+
+def _look_at(cases: list[tuple[str, bytes]], root: Path, words: list, tally: Tally) -> None:
+    alone = forked(lambda: _decode_all(cases), TIMEOUT, MEMORY)
+    wrong = dict(re.findall(r"WRONG (\d+) (.*)", alone.said))
+    together = _wrong_together(cases, root / f"data{tally.count}", words)
+    if alone.code != 0 or alone.executed or "Traceback" in alone.said:
+        together = f"decoding: {alone.code} {alone.said[-800:]} {alone.executed}"
+    for number, (what, data) in enumerate(cases):
+        said = wrong.get(str(number), "") or together
+        tally.add(what.split(": ")[1], not said, f"{what}, {data[:40]!r}…: {said}")
+
+
+def _a_trained_model(root: Path) -> list:
+    words = ["--cfg", write_recipe(root), "--data-path", write_images(root / "images"), "--output", root / "logs"]
+    made = forked(lambda: run_main([*words, "--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]))
+    if made.code != 0:
+        raise RuntimeError(made.said)
+    return [*words[:2], "--eval", "--pretrained", root / "logs" / "tiny" / "default" / "checkpoints" / "last.pth"]
+
+
+def _decode_all(cases: list[tuple[str, bytes]]) -> int:
+    torch.set_num_threads(1)
+    for number, (_, data) in enumerate(cases):
+        try:
+            picture = decode(data, "the/path")
+        except BadImage as error:
+            if error.path != "the/path" or not error.reason:
+                print(f"WRONG {number} no reason: {error}")
+            continue
+        if picture.mode != "RGB" or picture.width * picture.height > EXPANDED:
+            print(f"WRONG {number} {picture.mode} {picture.size}")
+    return 0
+
+
+def _wrong_together(cases: list[tuple[str, bytes]], data: Path, words: list) -> str:
+    """main.py --eval on all of them: each is evaluated or left out by name, and the counts agree."""
+    for name in ("blue", "green"):
+        (data / "val" / name).mkdir(parents=True)
+    for number, (_, content) in enumerate(cases):
+        (data / "val" / ("blue", "green")[number % 2] / f"{number:03d}.jpg").write_bytes(content)
+    Image.new("RGB", (40, 36)).save(data / "val" / "green" / "sound.jpg")
+    outcome = run_briefly([*words, "--data-path", data, "--opts", "DATA.MAX_BAD_IMAGES", "1000"], data)
+    if wrong := wrong_about(outcome, [data], codes=(0,)):
+        return wrong
+    evaluated = int(re.search(r"(\d+) images: top-1", outcome.said).group(1))
+    left_out = set(re.findall(r"bad image left out: \S+/(\d{3})\.jpg: .", outcome.said))
+    if (data / "executed").exists():
+        return "executed"
+    total = len(cases) + 1
+    return "" if evaluated + len(left_out) == total else f"{evaluated} evaluated, {len(left_out)} left out of {total}"
