@@ -16,7 +16,7 @@ from data.build import TrainBatches, build_datasets, model_inputs, val_batches
 from data.loader import worker_death_named
 from engine import Learner, TrainState
 from lr_scheduler import build_schedule
-from modes.learner import build_learner, load_pretrained, prepare_for_speed, refuse_other_classes
+from modes.learner import build_learner, is_split, load_pretrained, prepare_for_speed, refuse_other_classes
 from utils import logger
 from utils.checkpoint import CheckpointFolder, read_checkpoint
 from utils.dist import Process, broadcast_from_main, first_on_node
@@ -28,6 +28,7 @@ from utils.progress import Progress
 from utils.records import Records
 from utils.reporter import Reporter
 from utils.run_folder import RunFolder
+from utils.sharding import together
 
 log = logging.getLogger(__name__)
 
@@ -129,11 +130,12 @@ def train_in(
                     if reporter:
                         figures |= {"lr": schedule.at(update - 1), "skipped": state.skipped, "best": state.best}
                         reporter.epoch(epoch, update, state.samples, figures)
-                if saving and reporter:
+                if saving and (reporter or is_split(config, process)):
                     numbered = epoch_ended and (epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS)
                     contents = checkpoint_contents(config, learner, state, data.class_names)
-                    checkpoints.save(contents, epoch=epoch if numbered else None, best=improved)
-                    reporter.resume_clock(state.samples, batches.wait_seconds)
+                    if reporter:
+                        checkpoints.save(contents, epoch=epoch if numbered else None, best=improved)
+                        reporter.resume_clock(state.samples, batches.wait_seconds)
                 if stopping and state.samples < total_samples:
                     log.info("asked to stop: saved after %s images; the same command continues", f"{state.samples:,}")
                     return
@@ -265,10 +267,12 @@ def optimizer_settings(config: CfgNode, learner: Learner) -> dict[str, float]:
 
 def evaluate_all(learner: Learner, val) -> dict[str, float]:
     """Metrics of the model, and with the prefix `ema_` those of its average. A collective call."""
-    figures = engine.evaluate(learner, learner.bare, val)
+    with together(learner.bare):
+        figures = engine.evaluate(learner, learner.bare, val)
     figures = {"val_loss": figures.pop("loss"), **figures}
     if learner.ema is not None:
-        averaged = engine.evaluate(learner, learner.ema.module, val)
+        with together(learner.ema.module):
+            averaged = engine.evaluate(learner, learner.ema.module, val)
         figures |= {f"ema_{name}": averaged[name] for name in ("acc1", "acc5")}
     return figures
 
