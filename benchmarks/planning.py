@@ -174,8 +174,8 @@ An update takes forward and backward (three times the multiply-adds of the forwa
 while backward runs; images are read and prepared meanwhile. The slowest of these decides. Not in it: latency of the
 network and of kernel launches, so that rows with few images a GPU are too good; memory; evaluation.
 
-Held against two real hosts with a wire of 20 Mbit/s between them (`tests/test_planning.py`): the bytes sent for an update,
-the time of an update and the size of the checkpoint are those of the model within 15, 25 and 10 %.
+Held against two real hosts with a wire of 20 Mbit/s between them (`tests/test_planning.py`): the bytes of an update,
+its time and the size of the checkpoint are those of the model within 15, 25 and 10 %.
 
 {tables[0].markdown().replace('# ', '## ', 1)}
 {tables[1].markdown().replace('# ', '## ', 1).rstrip()}
