@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import main
+from tests.faults import hosts
 
 ROOT = Path(__file__).parent.parent
 SLURM = ROOT / "docs" / "cluster" / "slurm.sbatch"
@@ -85,3 +86,11 @@ def test_the_command_by_hand_is_understood(understood):
     words = shlex.split(line)
     assert shlex.split(line)[0].startswith("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=")
     understood(words[words.index("main.py") + 1 :])
+
+
+@pytest.mark.slow
+def test_two_hosts_of_which_one_is_killed():
+    if reason := hosts.why_not():
+        pytest.skip(reason)
+    tally = hosts.run(count=1, seed=1)
+    assert not tally.failures, "\n".join(tally.lines())
