@@ -1,7 +1,7 @@
 """Compiles a few C or C++ files into a shared library, once for each user and kind of machine, and loads it.
 
 The library lies in the user's cache folder (XDG_CACHE_HOME, or ~/.cache) under a name that says what it was made of:
-the sources, the compiler and its flags, and the processor it was compiled for. Whatever of these changes, it is compiled
+the sources, the compiler, its flags, and the processor it was compiled for. Whatever of these changes, it is compiled
 anew.
 Native parts are optional everywhere: who asks for one says what happens without it.
 """
