@@ -21,7 +21,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 LANGUAGES = {"c": ("CC", "cc", "gcc", "clang"), "c++": ("CXX", "c++", "g++", "clang++")}
 
 
@@ -38,7 +38,6 @@ class NativeLibrary:
         folder: all its sources and headers, and nothing else of that language.
         language: "c" or "c++".
         flags, libraries: for the compiler, beside those that make a shared library.
-        question: a text for the preprocessor; what that makes of it, such as a header's version, is part of the name.
     """
 
     purpose: str
@@ -46,7 +45,6 @@ class NativeLibrary:
     language: str
     flags: tuple[str, ...]
     libraries: tuple[str, ...] = ()
-    question: str = "__VERSION__"
 
     def load(self) -> ctypes.CDLL:
         """The library, compiled if it is not there yet (some seconds, once), and loaded once in a process.
@@ -68,9 +66,8 @@ class NativeLibrary:
         command = [compiler, "-march=native", *self.flags, "-fPIC", "-shared"]
         sources = sorted(self.folder.glob("*.[ch]*"))
         key = hashlib.blake2b(digest_size=16)
-        for part in (*command, *self.libraries, _run([compiler, "-E", "-P", "-x", self.language, "-"], self.question)):
+        for part in (*command, *self.libraries, _run([compiler, "--version"]), _processor()):
             key.update(part.encode() + b"\0")
-        key.update(_processor().encode())
         for source in sources:
             key.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swin"
@@ -116,9 +113,9 @@ def _processor() -> str:
     return "\n".join([platform.system(), platform.machine(), platform.processor(), *sorted(first.values())])
 
 
-def _run(command: list[str], text: str = "") -> str:
+def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotBuild(f"{command[0]} does not run: {error}") from error
     if done.returncode != 0:
