@@ -88,7 +88,8 @@ class NativeLibrary:
         except OSError as error:
             raise CannotBuild(f"{library} cannot be written: {error}") from error
         finally:
-            aside.unlink(missing_ok=True)
+            if aside.exists():
+                aside.unlink()
         log.info("compiled %s in %.1f s: %s", self.purpose, time.perf_counter() - started, library)
 
 
@@ -119,6 +120,6 @@ def _run(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotBuild(f"{command[0]} does not run: {error}") from error
     if done.returncode != 0:
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+        errors = [line for line in done.stderr.splitlines() if "error:" in line] or done.stderr.splitlines()[-1:]
         raise CannotBuild(f"{command[0]} fails: {errors[0] if errors else f'exit code {done.returncode}'}")
     return done.stdout
