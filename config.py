@@ -113,6 +113,8 @@ _C.TRAIN.USE_CHECKPOINT = False  # gradient checkpointing: recompute activations
 _C.TRAIN.LAYER_DECAY = 1.0  # learning rate of each layer over that of the layer above it; 1 = all the same
 _C.TRAIN.EMA_DECAY = 0.0  # decay per update of a moving average of the weights, evaluated too; 0 = none
 _C.TRAIN.MAX_BAD_STEPS = 10  # updates in a row with a loss or gradient that is not finite before the run stops
+# Several processes: ddp, each has the whole model; fsdp, they share one copy of model, average and optimizer state.
+_C.TRAIN.PARALLEL = "ddp"
 _C.TRAIN.COMPILE = False  # compile the model with torch.compile
 
 _C.TRAIN.LR_SCHEDULER = CfgNode()

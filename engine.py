@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from utils.errors import TrainingDiverged
 from utils.metrics import Sums
 from utils.seed import derive, seed_device
+from utils.sharding import gathered, whole
 
 Batch = dict[str, torch.Tensor]
 TRAIN_SUMS = ("updates", "finite", "loss", "grad_norm")
@@ -74,13 +75,15 @@ class Learner:
         return self.objective.module if isinstance(self.objective, DistributedDataParallel) else self.objective
 
     def state_dict(self) -> dict:
-        return {
+        """All that was learnt. A collective call where the model is split over the processes: rank 0 gets it whole."""
+        contents = {
             "model": self.bare.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "optimizer_name": type(self.optimizer).__name__,
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.model.state_dict(),
         }
+        return gathered(contents)
 
     def load_state_dict(self, saved: dict) -> None:
         """Takes over what was learnt; decay and the like stay as they were set for this run.
@@ -218,7 +221,7 @@ def _update(learner: Learner, first: Batch, batches: Iterator[Batch]) -> tuple[t
 
     learner.scaler.unscale_(learner.optimizer)
     parameters = [p for group in learner.optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters])
+    norm = whole(get_total_norm([p.grad for p in parameters]))
     if learner.clip_grad > 0:
         clip_grads_with_norm_(parameters, learner.clip_grad, norm)
     if not learner.scaler.is_enabled():

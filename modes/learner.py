@@ -22,14 +22,19 @@ from utils.precision import choose_amp_dtype, describe
 from utils.run_folder import hardware
 from utils.saved_run import class_names_in
 from utils.seed import seed_cpu
+from utils.sharding import mesh_of, shard, shard_optimizer_state
 
 log = logging.getLogger(__name__)
 
 
 def build_learner(config: CfgNode, process: Process, num_classes: int) -> Learner:
-    """The model with random weights, its objective and its optimizer, on this process's device."""
+    """The model with random weights, its objective and its optimizer, on this process's device.
+
+    What is to be split over the processes stays on the CPU until `prepare_for_speed` splits it: it may be too much for
+    one device.
+    """
     seed_cpu(config.SEED)
-    model = build_model(config, num_classes).to(process.device)
+    model = build_model(config, num_classes).to("cpu" if is_split(config, process) else process.device)
     objective = Classification(model, config.MODEL.LABEL_SMOOTHING)
     amp_dtype = choose_amp_dtype(config.AMP_ENABLE, config.AMP_DTYPE, process.device)
     log.info(
@@ -56,10 +61,14 @@ def build_learner(config: CfgNode, process: Process, num_classes: int) -> Learne
 
 
 def prepare_for_speed(config: CfgNode, process: Process, learner: Learner) -> None:
-    """Compiles the model and wraps the objective for several processes. Names of parameters stay as they are."""
+    """Compiles the model, and wraps the objective for several processes or splits it. Names of parameters stay as they
+    are, and whatever was loaded before stays loaded.
+    """
     if config.TRAIN.COMPILE:
         learner.bare.model.compile()
-    if process.world_size > 1:
+    if is_split(config, process):
+        split_learner(config, process, learner)
+    elif process.world_size > 1:
         device_ids = [process.device.index] if process.device.type == "cuda" else None
         # The buffers (masks, indices) are the same everywhere and never change; torch 2.14 renamed the option.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -84,6 +93,32 @@ def _lay_out_gradients(config: CfgNode, learner: Learner) -> None:
         loss = learner.objective({"image": images, "target": torch.zeros(2, dtype=torch.int64, device=device)})["loss"]
         loss.backward()
     learner.optimizer.zero_grad(set_to_none=True)
+
+
+def is_split(config: CfgNode, process: Process) -> bool:
+    """Whether the processes of this run share one copy of the model, instead of having one each."""
+    training = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
+    return training and config.TRAIN.PARALLEL == "fsdp" and process.world_size > 1
+
+
+def split_learner(config: CfgNode, process: Process, learner: Learner) -> None:
+    """Splits model, average and optimizer state over the processes.
+
+    Raises:
+        UserError: in float16, whose loss scaling is not built for split gradients.
+    """
+    if learner.scaler.is_enabled():
+        raise UserError(
+            "TRAIN.PARALLEL fsdp does not go with float16. Take AMP_DTYPE bfloat16 or float32, or TRAIN.PARALLEL ddp"
+        )
+    mesh = mesh_of(process)
+    learnt = learner.optimizer.state_dict()
+    averaged = [] if learner.ema is None else [learner.ema.module.model]
+    for model in (learner.bare.model, *averaged):
+        shard(model, [block for stage in model.layers for block in stage.blocks], mesh)
+    learner.optimizer = build_optimizer(config, learner.bare.model)  # over the parts, which are other parameters
+    shard_optimizer_state(learner.optimizer, learnt)
+    log.info("model, average and optimizer are split over %d processes (fsdp)", process.world_size)
 
 
 def load_pretrained(

@@ -29,6 +29,7 @@ from utils.records import Records
 from utils.reporter import Reporter
 from utils.run_folder import RunFolder
 from utils.saver import Saver
+from utils.sharding import together
 
 log = logging.getLogger(__name__)
 
@@ -277,10 +278,12 @@ def optimizer_settings(config: CfgNode, learner: Learner) -> dict[str, float]:
 
 def evaluate_all(learner: Learner, val: Callable[[], Iterable[dict]]) -> dict[str, float]:
     """Metrics of the model, and with the prefix `ema_` those of its average, each over `val()`. A collective call."""
-    figures = engine.evaluate(learner, learner.bare, val())
+    with together(learner.bare):
+        figures = engine.evaluate(learner, learner.bare, val())
     figures = {"val_loss": figures.pop("loss"), **figures}
     if learner.ema is not None:
-        averaged = engine.evaluate(learner, learner.ema.module, val())
+        with together(learner.ema.module):
+            averaged = engine.evaluate(learner, learner.ema.module, val())
         figures |= {f"ema_{name}": averaged[name] for name in ("acc1", "acc5")}
     return figures
 

@@ -172,7 +172,8 @@ def test_newest_falls_back_by_number_not_by_time(tmp_path: Path, caplog: pytest.
 
 
 def test_a_number_that_is_not_finite_is_found_by_name():
-    good = {"model": {"w": torch.ones(2), "n": torch.tensor(3), "none": torch.zeros(0)}, "state": {"best": float("-inf")}}
+    model = {"w": torch.ones(2), "n": torch.tensor(3), "none": torch.zeros(0)}
+    good = {"model": model, "state": {"best": float("-inf")}}
     assert not_finite(good) is None
     large = torch.full((3,), 3e38)  # its square is not a number in float32, and it is one
     for bad in (float("nan"), float("inf"), float("-inf")):

@@ -20,6 +20,7 @@ CHOICES = {
     "MODEL.ATTN": ("auto", "reference", "sdpa"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
+    "TRAIN.PARALLEL": ("ddp", "fsdp"),
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "TEST.PROTOCOL": ("auto", "original", "timm", "torchvision", "hf"),
@@ -181,6 +182,12 @@ def contradictions(config: CfgNode, said: Callable[[str], str]) -> Iterator[str]
             f"{said('DATA.BATCH_SIZE')} must be even, because Mixup and CutMix pair images; or switch them off: "
             "--opts AUG.MIXUP 0 AUG.CUTMIX 0 AUG.CUTMIX_MINMAX None."
         )
+    if train.PARALLEL == "fsdp" and config.MODEL.TYPE == "timm":
+        yield f"{said('TRAIN.PARALLEL')} splits a model by its blocks, and timm's are not known: set ddp."
+    if train.PARALLEL == "fsdp" and train.OPTIMIZER.NAME != "adamw":
+        yield f"{said('TRAIN.PARALLEL')} goes with adamw alone, not {said('TRAIN.OPTIMIZER.NAME')}: set ddp."
+    if train.PARALLEL == "fsdp" and train.COMPILE:
+        yield f"{said('TRAIN.PARALLEL')} does not go with {said('TRAIN.COMPILE')}: set ddp, or COMPILE False."
     if aug.CUTMIX_MINMAX is not None and aug.CUTMIX_MINMAX[0] > aug.CUTMIX_MINMAX[1]:
         yield f"{said('AUG.CUTMIX_MINMAX')} must be [least, largest]: swap the two."
     if not AUTO_AUGMENT.fullmatch(aug.AUTO_AUGMENT):
