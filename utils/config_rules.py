@@ -15,7 +15,7 @@ CHOICES = {
     "DATA.CACHE_MODE": ("no", "part", "full"),
     "MODEL.TYPE": ("swin", "swinv2", "swin_mlp", "timm"),
     "MODEL.SWIN.POSITION": ("none", "abs", "abs+rel", "rel_no_app", "rel"),
-    "MODEL.ATTN": ("auto", "reference", "sdpa"),
+    "MODEL.ATTN": ("auto", "reference", "sdpa", "triton", "native"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
     "AUG.REMODE": ("const", "rand", "pixel"),
@@ -76,6 +76,7 @@ NO_EFFECT_FOR = {
     "timm": {
         "MODEL.ATTN": "timm's models choose how they compute attention",
         "MODEL.ATTN_DROP_RATE": "it is not passed on to timm's models",
+        "MODEL.DROP_PATH_SKIP": "timm's models do their own stochastic depth",
     },
 }
 
@@ -157,6 +158,15 @@ def contradictions(config: CfgNode, said: Callable[[str], str]) -> Iterator[str]
                 f"{said('TRAIN.LR_SCHEDULER.NAME')} needs rising epochs, none within warm-up, in "
                 f"{said('TRAIN.LR_SCHEDULER.MULTISTEPS')}, such as [150, 225]; {said('TRAIN.WARMUP_EPOCHS')}."
             )
+    if train.CUDA_GRAPHS and not train.COMPILE:
+        yield f"{said('TRAIN.CUDA_GRAPHS')} replays what is compiled: add TRAIN.COMPILE True, or leave it out."
+    if train.CUDA_GRAPHS and train.ACCUMULATION_STEPS > 1:
+        yield (
+            f"{said('TRAIN.CUDA_GRAPHS')} reuses the memory of gradients, which {said('TRAIN.ACCUMULATION_STEPS')} "
+            "adds up: use one of the two."
+        )
+    if train.BF16_PARAMS and config.MODEL.TYPE == "timm":
+        yield f"{said('TRAIN.BF16_PARAMS')} is for this project's models: timm's may count on float32. Leave it out."
     mixing = aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None
     if mixing and config.DATA.BATCH_SIZE % 2 and not (config.EVAL_MODE or config.THROUGHPUT_MODE):
         yield (
