@@ -56,8 +56,9 @@ _C.MODEL.NUM_CLASSES = 1000  # outputs of the head; 0 = as the data has classes;
 _C.MODEL.DROP_RATE = 0.0  # dropout after the embedding and in projections and MLPs, probability
 _C.MODEL.ATTN_DROP_RATE = 0.0  # dropout of attention weights, probability
 _C.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block, probability; rises linearly from 0 at the first
+_C.MODEL.DROP_PATH_SKIP = False  # compute only what stochastic depth keeps: faster, as many dropped of every batch
 _C.MODEL.LABEL_SMOOTHING = 0.1  # share of a label spread evenly over all classes
-_C.MODEL.ATTN = "auto"  # how window attention is computed: auto (the fastest here) | reference | sdpa
+_C.MODEL.ATTN = "auto"  # window attention: auto (the fastest here) | reference | sdpa | triton (CUDA) | native (CPU)
 
 _C.MODEL.SWIN = CfgNode()
 _C.MODEL.SWIN.PATCH_SIZE = 4  # side of a patch, pixels
@@ -116,6 +117,8 @@ _C.TRAIN.MAX_BAD_STEPS = 10  # updates in a row with a loss or gradient that is 
 # Several processes: ddp, each has the whole model; fsdp, they share one copy of model, average and optimizer state.
 _C.TRAIN.PARALLEL = "ddp"
 _C.TRAIN.COMPILE = False  # compile the model with torch.compile
+_C.TRAIN.CUDA_GRAPHS = False  # with COMPILE on a GPU: replay a step's kernels as one graph; pays for small batches
+_C.TRAIN.BF16_PARAMS = False  # matrices in bfloat16, float32 masters in the optimizer: casts less, sends half as much
 
 _C.TRAIN.LR_SCHEDULER = CfgNode()
 _C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # after warm-up: cosine | linear | step | multistep

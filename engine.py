@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from optimizer import Bf16Matrices
 from utils.errors import TrainingDiverged
 from utils.metrics import Sums
 from utils.seed import derive, seed_device
@@ -68,6 +69,7 @@ class Learner:
     max_bad_steps: int = 10
     seed: int = 0
     ema: ModelEmaV3 | None = None
+    bf16: Bf16Matrices | None = None  # where the model computes with bfloat16 matrices
 
     @property
     def bare(self) -> nn.Module:
@@ -209,7 +211,8 @@ def _update(learner: Learner, first: Batch, batches: Iterator[Batch]) -> tuple[t
         batch = first if step == 0 else next(batches)
         seed_device(derive(learner.seed, "model", batch["position"]), learner.device)
         last = step == learner.accumulation - 1
-        waiting = isinstance(learner.objective, DistributedDataParallel) and not last
+        # Bfloat16 gradients are summed over processes at once: over micro-batches they add up in float32.
+        waiting = isinstance(learner.objective, DistributedDataParallel) and not last and learner.bf16 is None
         with learner.objective.no_sync() if waiting else nullcontext():
             with learner.autocast():
                 loss = learner.objective(batch)["loss"]
@@ -217,6 +220,8 @@ def _update(learner: Learner, first: Batch, batches: Iterator[Batch]) -> tuple[t
             # of them: all skip the same update, and nobody had to ask.
             poison = torch.where(loss.detach().isfinite(), 1.0, float("nan")) / learner.accumulation
             learner.scaler.scale(loss * poison).backward()
+        if learner.bf16 is not None:
+            learner.bf16.collect()
         losses.append(loss.detach())
 
     learner.scaler.unscale_(learner.optimizer)
@@ -228,6 +233,8 @@ def _update(learner: Learner, first: Batch, batches: Iterator[Batch]) -> tuple[t
         learner.optimizer.found_inf = (~norm.isfinite()).float()
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
+    if learner.bf16 is not None:
+        learner.bf16.hand_out()
     learner.optimizer.zero_grad(set_to_none=True)
     if learner.ema is not None:
         learner.ema.update(learner.bare)

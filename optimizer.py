@@ -1,7 +1,19 @@
-"""Parameter groups (which parameters decay, and how fast each depth learns) and the optimizers over them."""
+"""Parameter groups (which parameters decay, and how fast each depth learns), the optimizers over them, and bfloat16
+matrices to compute with, while the optimizer sees them in float32.
+"""
 
 import torch
 from torch import nn
+
+
+def names_of_matrices(model: nn.Module) -> set[str]:
+    """The parameters that are factors of matrix products: those that decay, and those that autocast would cast."""
+    exempt = model.no_weight_decay()
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and not name.endswith(".bias") and not any(part in name for part in exempt)
+    }
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
@@ -13,12 +25,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
     Each group carries `lr_scale`, which the loop multiplies with the schedule's learning rate.
     """
-    exempt = model.no_weight_decay()
+    matrices = names_of_matrices(model)
     groups: dict[tuple[float, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and not name.endswith(".bias") and not any(part in name for part in exempt)
+        decays = name in matrices
         scale = 1.0
         if layer_decay != 1.0:
             scale = layer_decay ** (model.num_layer_depths - 1 - model.layer_depth(name))
@@ -47,3 +59,46 @@ def build_optimizer(config, model: nn.Module) -> torch.optim.Optimizer:
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+class Bf16Matrices:
+    """Puts bfloat16 matrices into `model` to compute with. Those that were there, in float32, stay with the optimizer:
+    they learn, and they are what `model.state_dict()` gives, so that checkpoints and averages are those of float32.
+
+    Made when the weights are loaded and before the model is wrapped or compiled. A step no longer casts weights and
+    their gradients; a process alone learns the same bits as under autocast with float32 parameters, which rounds the
+    same numbers each time anew. What several processes exchange is half as long, and summed in bfloat16.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.masters: dict[str, nn.Parameter] = {}
+        self.halves: list[nn.Parameter] = []
+        matrices = names_of_matrices(model)
+        for name, master in list(model.named_parameters()):
+            if name in matrices and master.requires_grad:
+                half = nn.Parameter(master.detach().to(torch.bfloat16))
+                owner, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(owner), attribute, half)
+                self.masters[name] = master
+                self.halves.append(half)
+
+        def save_masters(module: nn.Module, state: dict, prefix: str, _: object) -> None:
+            state.update({prefix + name: master.detach() for name, master in self.masters.items()})
+
+        model.register_state_dict_post_hook(save_masters)
+
+    def collect(self) -> None:
+        """Adds the gradients of a micro-batch to those of the masters, in float32."""
+        for master, half in zip(self.masters.values(), self.halves, strict=True):
+            if half.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = half.grad.float()
+            else:
+                master.grad += half.grad
+            half.grad = None
+
+    @torch.no_grad()
+    def hand_out(self) -> None:
+        """Gives the model what was learnt."""
+        torch._foreach_copy_(self.halves, list(self.masters.values()))

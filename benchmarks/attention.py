@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import WindowAttention
-from models.window import MASKED, ShiftedWindows, padded_length, partition, reverse
+from models.window import MASKED, ShiftedWindows, padded_length, partition, window_grid
 
 
 class PaddedWindows(ShiftedWindows):
@@ -20,6 +20,8 @@ class PaddedWindows(ShiftedWindows):
 
     The same function as `ShiftedWindows`, of up to one more window along each axis (section 3.2, figure 4).
     """
+
+    cyclic = False
 
     def __init__(self, map_size: tuple[int, int], window: int, shifted: bool):
         super().__init__(map_size, window, shifted)
@@ -43,15 +45,19 @@ class PaddedWindows(ShiftedWindows):
         apart = real[:, :, None] != real[:, None, :]
         return torch.zeros(apart.shape, device=device).masked_fill(apart, MASKED)
 
+    def columns(self, width: int) -> int:
+        left, right = self.margins(width, width)[1]
+        return (left + width + right) // self.window
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         height, width = x.shape[1:3]
         (top, bottom), (left, right) = self.margins(height, width)
         mask = self.attn_mask if (height, width) == self.map_size else self.mask(height, width, x.device)
-        return partition(F.pad(x, (0, 0, left, right, top, bottom)), self.window), mask
+        return window_grid(F.pad(x, (*(0, 0) * (x.ndim - 3), left, right, top, bottom)), self.window), mask
 
     def join(self, windows: Tensor, height: int, width: int) -> Tensor:
-        (top, bottom), (left, right) = self.margins(height, width)
-        x = reverse(windows, self.window, top + height + bottom, left + width + right)
+        (top, _), (left, _) = self.margins(height, width)
+        x = windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return x[:, top : top + height, left : left + width]
 
 

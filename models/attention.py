@@ -8,16 +8,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.ops import window_attention
-from models.ops.reference import additive_term
+from models.ops.reference import additive_term, cut_heads, join_heads, wide
 from models.window import ShiftedWindows, relative_position_index
 
 RELATIVE = ("added", "none", "alone")  # what `WindowAttention` can make of relative positions
 
 
 class ShiftedWindowAttention(nn.Module):
-    """What V1 and V2 have in common: cut the map into windows, attend within each, put the map together again.
+    """What V1 and V2 have in common: project the map, attend within its windows, project again.
 
-    A subclass has `qkv`, `proj` and `proj_drop` and says what attention is, in `attend`.
+    The projections are of each token alone, so only the operation between them cuts the map, and may instead find the
+    windows' tokens where they lie. A subclass has `qkv`, `proj` and `proj_drop`, and what attention is in `attend`.
 
     Args:
         num_heads: nH.
@@ -39,20 +40,15 @@ class ShiftedWindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
-        height, width = x.shape[1:3]
-        windows, mask = self.windows.split(x)  # (B, nW, N, C)
-        out = self.attend(windows, mask, self.attn_drop if self.training else 0.0)
-        out = self.proj_drop(self.proj(out.transpose(2, 3).flatten(3)))  # (B, nW, N, C)
-        return self.windows.join(out, height, width)
+        return self.proj_drop(self.proj(self.attend(x, self.attn_drop if self.training else 0.0)))
 
-    def attend(self, windows: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
-        """What the heads read: windows (B, nW, N, C) and mask (nW, N, N) or None to (B, nW, nH, N, d)."""
+    def attend(self, x: Tensor, dropout_p: float) -> Tensor:
+        """What the heads read in the windows of a map: (B, H, W, C) to (B, H, W, C)."""
         raise NotImplementedError
 
-    def heads(self, projected: Tensor) -> tuple[Tensor, ...]:
-        """Splits (B, nW, N, parts · C), such as queries, keys and values, into parts of (B, nW, nH, N, d)."""
-        parts = projected.shape[-1] // self.proj.in_features
-        return projected.unflatten(-1, (parts, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
+    def heads(self, projected: Tensor) -> Tensor:
+        """Sees (B, H, W, parts · C), such as queries, keys and values, as (B, H, W, parts, nH, d)."""
+        return projected.unflatten(-1, (-1, self.num_heads, self.proj.in_features // self.num_heads))
 
     def by_pair(self, table: Tensor) -> Tensor:
         """(nH, N, N): for each pair of tokens what a table ((2·window-1)², nH) says of their offset."""
@@ -110,13 +106,12 @@ class WindowAttention(ShiftedWindowAttention):
         """(nH, N, N), read from the table."""
         return self.no_bias if self.relative == "none" else self.by_pair(self.relative_position_bias_table)
 
-    def attend(self, windows: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
-        projected = self.heads(self.qkv(windows))
-        bias = self.relative_position_bias()
+    def attend(self, x: Tensor, dropout_p: float) -> Tensor:
+        projected, bias = self.heads(self.qkv(x)), self.relative_position_bias()
         if self.relative == "alone":
-            (v,) = projected
+            (v,), mask = cut_heads(projected, self.windows)
             scores = additive_term(bias, mask)  # ([nW,] nH, N, N), the same for every image
-            weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1)
-            return F.dropout(weights.expand(*v.shape[:3], -1, -1), dropout_p).to(v.dtype) @ v
-        q, k, v = projected
-        return window_attention(q, k, v, bias, mask, self.scale, dropout_p, self.impl)
+            weights = scores.to(wide(scores.dtype)).softmax(dim=-1)
+            out = F.dropout(weights.expand(*v.shape[:3], -1, -1), dropout_p).to(v.dtype) @ v
+            return join_heads(out, self.windows, *x.shape[1:3])
+        return window_attention(projected, bias, self.windows, self.scale, dropout_p, self.impl)

@@ -32,7 +32,7 @@ class Backbone(nn.Module):
         drop_path_rate: share of samples for which the last block is skipped; rises linearly from 0 at the first.
         ape: whether a learnt absolute position embedding is added to the patches.
         patch_norm: whether a LayerNorm follows the patch embedding.
-        use_checkpoint: compute blocks again in the backward pass instead of keeping what they computed.
+        use_checkpoint: compute the blocks' branches again in the backward pass instead of keeping what they computed.
         merging_norm_last: whether patch merging normalises what it gives (V2) or what it gets.
     """
 

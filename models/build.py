@@ -3,6 +3,7 @@
 from torch import nn
 from yacs.config import CfgNode
 
+from models.layers import DropPath
 from models.ops import CHOICES
 from models.swin_mlp import SwinMLP
 from models.swin_transformer import SwinTransformer
@@ -56,6 +57,16 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
         "patch_norm": section.PATCH_NORM,
         "use_checkpoint": config.TRAIN.USE_CHECKPOINT,
     }
+    built = _build(kind, common, model, section)
+    if model.DROP_PATH_SKIP:
+        for module in built.modules():
+            if isinstance(module, DropPath):
+                module.skip = True
+    return built
+
+
+def _build(kind: str, common: dict, model: CfgNode, section: CfgNode) -> nn.Module:
+    """What is `common` to all kinds, and what each has beside it."""
     if kind == "swin_mlp":
         return SwinMLP(**common)
     common |= {"qkv_bias": section.QKV_BIAS, "attn_drop_rate": model.ATTN_DROP_RATE, "attn": model.ATTN}

@@ -1,9 +1,13 @@
-"""The parts of every Swin: patch embedding, patch merging, MLP, stage; and resizing what is learnt on a grid.
+"""The parts of every Swin: patch embedding, patch merging, MLP, DropPath, stage; and resizing what is learnt on a grid.
 
 Shapes: `B` batch, `H W` token grid, `C` channels. Token maps are (B, H, W, C).
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
+from timm.layers import drop_path
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +35,9 @@ def resize_grid(values: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 class PatchEmbed(nn.Module):
     """Patch partition and linear embedding (section 3.1): (B, in_chans, height, width) to (B, H, W, C).
 
-    An image whose sides are not multiples of the patch is padded with zeros at the bottom and on the right.
+    An image whose sides are not multiples of the patch is padded with zeros at the bottom and on the right. Patches do
+    not overlap, so the convolution that the released weights are for is one matrix product over them; it leaves each
+    token's channels side by side, where the LayerNorm wants them.
 
     Args:
         patch_size: side of a patch, in pixels.
@@ -50,7 +56,10 @@ class PatchEmbed(nn.Module):
         down, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
         if down or right:
             x = F.pad(x, (0, right, 0, down))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        p = self.patch_size
+        x = x.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # (B, in_chans, H, p, W, p)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, H, W, in_chans·p·p), in the order of the weights
+        return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))
 
 
 class PatchMerging(nn.Module):
@@ -92,13 +101,58 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016) around a branch: x + branch(x), where a sample in training goes without its
+    branch with probability `rate`, and the branches that stay are scaled so that the expectation is the same.
+
+    Args:
+        rate: share of the samples that go without.
+        skip: compute the branch only for those that keep it. It differs from the default: every batch then drops the
+            same number of samples, B · rate rounded, instead of each sample by a draw of its own; a batch too small
+            for that share to round to a sample drops none.
+    """
+
+    def __init__(self, rate: float, skip: bool = False):
+        super().__init__()
+        self.rate = rate
+        self.skip = skip
+
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], recompute: bool = False) -> Tensor:
+        """(B, ...) and a function of it that keeps the shape, to x + branch(x) with some samples' branches dropped.
+
+        To `recompute` is to keep nothing of the branch but its input until the backward pass. Branch by branch, the
+        last product of each is not computed again, for nothing in the backward pass needs what it gave.
+        """
+        if recompute:
+            branch = functools.partial(checkpoint, branch, use_reentrant=False)
+        if not self.training or self.rate == 0:
+            return x + branch(x)
+        if not self.skip:
+            return x + drop_path(branch(x), self.rate, training=True)
+        kept = self.kept(x.shape[0])
+        if kept == x.shape[0]:
+            return x + branch(x)
+        rows = torch.rand(x.shape[0], device=x.device).argsort()[:kept]
+        # Each row is there at most once, so that the sum has no order in which it could vary.
+        out = branch(x.index_select(0, rows))
+        wide = torch.promote_types(x.dtype, out.dtype)  # as in x + out
+        return x.to(wide).index_add(0, rows, out.to(wide), alpha=x.shape[0] / kept)
+
+    def kept(self, batch: int) -> int:
+        """How many of `batch` samples keep their branch: at least one, and the same for every batch of that size."""
+        return max(1, batch - round(batch * self.rate))
+
+    def extra_repr(self) -> str:
+        return f"{self.rate:g}" + (", skip" if self.skip else "")
+
+
 class Stage(nn.Module):
     """Blocks at one resolution, then the step down to the next.
 
     Args:
-        blocks: modules that map (B, H, W, C) to (B, H, W, C).
+        blocks: modules that map (B, H, W, C) to (B, H, W, C), and know how to `recompute` their branches.
         downsample: module that makes the next stage's map, or None at the last stage.
-        use_checkpoint: compute each block again in the backward pass instead of keeping what it computed.
+        use_checkpoint: compute the branches again in the backward pass instead of keeping what they computed.
     """
 
     def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None, use_checkpoint: bool):
@@ -110,8 +164,5 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the map after the blocks (B, H, W, C), and what the next stage gets (the same after the last one)."""
         for block in self.blocks:
-            if self.use_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = block(x, recompute=self.use_checkpoint and torch.is_grad_enabled())
         return x, x if self.downsample is None else self.downsample(x)

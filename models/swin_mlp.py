@@ -7,12 +7,11 @@ Shapes: `B` batch, `H W` token grid, `C` channels, `nW` windows, `N` tokens in a
 
 from collections.abc import Sequence
 
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone
-from models.layers import Mlp
+from models.layers import DropPath, Mlp
 from models.window import axis_shift, padded_length, partition, reverse
 
 
@@ -63,14 +62,14 @@ class SwinMLPBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.spatial_mlp = spatial_mlp
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
-        x = x + self.drop_path(self.spatial_mlp(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.drop_path(x, lambda x: self.spatial_mlp(self.norm1(x)), recompute)
+        return self.drop_path(x, lambda x: self.mlp(self.norm2(x)), recompute)
 
 
 class SwinMLP(Backbone):

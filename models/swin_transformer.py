@@ -6,12 +6,11 @@ Shapes: `B` batch, `H W` token grid, `C` channels. Token maps are (B, H, W, C).
 
 from collections.abc import Sequence
 
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models.attention import WindowAttention
 from models.backbone import Backbone
-from models.layers import Mlp
+from models.layers import DropPath, Mlp
 
 
 class SwinTransformerBlock(nn.Module):
@@ -21,14 +20,14 @@ class SwinTransformerBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attention
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.drop_path(x, lambda x: self.attn(self.norm1(x)), recompute)
+        return self.drop_path(x, lambda x: self.mlp(self.norm2(x)), recompute)
 
 
 class SwinTransformer(Backbone):

@@ -86,23 +86,21 @@ class CosineWindowAttention(ShiftedWindowAttention):
             table = self.cpb_mlp(self.relative_coords_table)  # ((2·window-1)², nH)
         return 16 * self.by_pair(table.to(torch.promote_types(table.dtype, torch.float32))).sigmoid()
 
-    def attend(self, windows: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    def attend(self, x: Tensor, dropout_p: float) -> Tensor:
         bias = None if self.q_bias is None else torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        q, k, v = self.heads(F.linear(windows, self.qkv.weight, bias))
-        wide = torch.promote_types(q.dtype, torch.float32)
-        logit_scale = self.logit_scale.to(wide).clamp(max=math.log(MAX_LOGIT_SCALE)).exp()  # (nH, 1, 1)
-        q = (F.normalize(q.to(wide), dim=-1) * logit_scale).to(v.dtype)
-        k = F.normalize(k.to(wide), dim=-1).to(v.dtype)
-        return window_attention(q, k, v, self.relative_position_bias(), mask, 1.0, dropout_p, self.impl)
+        qkv = self.heads(F.linear(x, self.qkv.weight, bias))
+        wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
+        logit_scale = self.logit_scale.to(wide).clamp(max=math.log(MAX_LOGIT_SCALE)).exp().flatten()  # (nH,)
+        return window_attention(qkv, self.relative_position_bias(), self.windows, logit_scale, dropout_p, self.impl)
 
 
 class SwinTransformerV2Block(SwinTransformerBlock):
     """V1's block with each LayerNorm at the end of its branch (section 3.2, figure 1): amplitudes do not pile up."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
-        x = x + self.drop_path(self.norm1(self.attn(x)))
-        return x + self.drop_path(self.norm2(self.mlp(x)))
+        x = self.drop_path(x, lambda x: self.norm1(self.attn(x)), recompute)
+        return self.drop_path(x, lambda x: self.norm2(self.mlp(x)), recompute)
 
 
 class SwinTransformerV2(Backbone):

@@ -1,7 +1,8 @@
 """The geometry of shifted windows: partition, reverse, cyclic shift, mask, relative positions. The only copy of each.
 
 `ShiftedWindows` puts them together for one block: it turns a token map into windows and back, whatever the map's size.
-Shapes: `B` batch, `H W` token grid, `C` channels, `nW` windows, `N` tokens in a window.
+Shapes: `B` batch, `H W` token grid, `C` channels, `nW` windows, `M` side of a window, `N` tokens in a window, `*` any
+further dimensions.
 """
 
 import torch
@@ -11,11 +12,14 @@ from torch.nn import functional as F
 MASKED = -100.0  # added to the score of a pair that must not see each other; finite, so that no row becomes NaN
 
 
+def window_grid(x: Tensor, window: int) -> Tensor:
+    """A map (B, H, W, *), H and W multiples of `window`, seen as its windows (B, H/M, W/M, M, M, *), not copied."""
+    return x.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)
+
+
 def partition(x: Tensor, window: int) -> Tensor:
     """Cuts a map (B, H, W, C), H and W multiples of `window`, into windows (B, nW, N, C), row by row."""
-    B, H, W, C = x.shape
-    x = x.reshape(B, H // window, window, W // window, window, C)
-    return x.transpose(2, 3).reshape(B, -1, window * window, C)
+    return window_grid(x, window).flatten(3, 4).flatten(1, 2)
 
 
 def reverse(windows: Tensor, window: int, height: int, width: int) -> Tensor:
@@ -97,6 +101,8 @@ class ShiftedWindows(nn.Module):
         shifted: whether the windows are displaced by half their side.
     """
 
+    cyclic = True  # the cut is a cyclic shift of the padded map by `shifts`, and a kernel may do it by arithmetic
+
     def __init__(self, map_size: tuple[int, int], window: int, shifted: bool):
         super().__init__()
         self.map_size = map_size
@@ -109,8 +115,16 @@ class ShiftedWindows(nn.Module):
         """The displacement (down, right) for a map of height × width tokens."""
         return axis_shift(height, self.window, self.shift), axis_shift(width, self.window, self.shift)
 
+    def columns(self, width: int) -> int:
+        """Windows side by side in a map that is `width` tokens wide."""
+        return padded_length(width, self.window) // self.window
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pads, shifts and cuts a map (B, H, W, C). Returns windows (B, nW, N, C) and the mask (nW, N, N) or None."""
+        """Pads and shifts a map (B, H, W, *) and sees it as windows (B, rows, columns, M, M, *), which is not copied.
+
+        Returns:
+            The windows, rows · columns = nW, and the mask (nW, N, N), or None where there is nothing to mask.
+        """
         height, width = x.shape[1:3]
         shifts = self.shifts(height, width)
         if (height, width) == self.map_size:
@@ -119,14 +133,14 @@ class ShiftedWindows(nn.Module):
             mask = attention_mask(height, width, self.window, shifts, x.device)
         down, right = padded_length(height, self.window) - height, padded_length(width, self.window) - width
         if down or right:
-            x = F.pad(x, (0, 0, 0, right, 0, down))
-        return partition(cyclic_shift(x, shifts), self.window), mask
+            x = F.pad(x, (*(0, 0) * (x.ndim - 3), 0, right, 0, down))
+        return window_grid(cyclic_shift(x, shifts), self.window), mask
 
     def join(self, windows: Tensor, height: int, width: int) -> Tensor:
-        """The map (B, H, W, C) again from windows (B, nW, N, C): undoes `split`, padding included."""
-        padded = padded_length(height, self.window), padded_length(width, self.window)
-        x = cyclic_unshift(reverse(windows, self.window, *padded), self.shifts(height, width))
-        return x if padded == (height, width) else x[:, :height, :width]
+        """The map (B, H, W, *) again from windows (B, rows, columns, M, M, *): undoes `split`, padding included."""
+        x = windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        x = cyclic_unshift(x, self.shifts(height, width))
+        return x if x.shape[1:3] == (height, width) else x[:, :height, :width]
 
     def extra_repr(self) -> str:
         return f"window={self.window}, shift={self.shift}, map_size={self.map_size}"

@@ -7,7 +7,7 @@ from yacs.config import CfgNode
 import engine
 from data.build import build_datasets, val_batches
 from models.weights import load_weights
-from modes.learner import build_learner, load_pretrained
+from modes.learner import build_learner, compile_in_place, load_pretrained
 from utils.checkpoint import weights_in
 from utils.dist import Process
 from utils.errors import UserError
@@ -32,6 +32,8 @@ def evaluate(config: CfgNode, process: Process) -> None:
     for what, part in learners.items():
         if what:
             load_weights(learner.bare.model, weights_in(part, source), source=source)
+        if config.TRAIN.COMPILE:
+            compile_in_place(learner.bare.model, process.device, config.TRAIN.CUDA_GRAPHS, fixed_weights=True)
         figures = engine.evaluate(learner, learner.bare, val)
         if figures["images"] == 0:
             raise UserError(f"DATA.DATA_PATH {config.DATA.DATA_PATH}: no validation image could be read")

@@ -14,7 +14,7 @@ from models.build import input_channels
 from models.count import count_macs, count_parameters
 from models.weights import load_weights
 from objectives import Classification
-from optimizer import build_optimizer
+from optimizer import Bf16Matrices, build_optimizer
 from utils.checkpoint import read_checkpoint, weights_in
 from utils.dist import Process, first_on_node
 from utils.errors import UserError
@@ -61,11 +61,23 @@ def build_learner(config: CfgNode, process: Process, num_classes: int) -> Learne
 
 
 def prepare_for_speed(config: CfgNode, process: Process, learner: Learner) -> None:
-    """Compiles the model, and wraps the objective for several processes or splits it. Names of parameters stay as they
-    are, and whatever was loaded before stays loaded.
+    """Readies a learner whose weights are loaded: bfloat16 matrices, compilation, several processes, as configured.
+
+    Names of parameters stay as they are.
+
+    Raises:
+        UserError: TRAIN.BF16_PARAMS where the run does not compute in bfloat16; TRAIN.PARALLEL fsdp in float16.
     """
+    if config.TRAIN.BF16_PARAMS:
+        if learner.amp_dtype is not torch.bfloat16:
+            raise UserError(
+                "TRAIN.BF16_PARAMS keeps matrices in bfloat16, but this run computes in "
+                f"{describe(learner.amp_dtype)}: give AMP_DTYPE bfloat16, or leave TRAIN.BF16_PARAMS out"
+            )
+        learner.bf16 = Bf16Matrices(learner.bare.model)
     if config.TRAIN.COMPILE:
-        learner.bare.model.compile()
+        # Only when speed is measured is nothing learnt that the model would have to know.
+        compile_in_place(learner.bare.model, process.device, config.TRAIN.CUDA_GRAPHS, config.THROUGHPUT_MODE)
     if is_split(config, process):
         split_learner(config, process, learner)
     elif process.world_size > 1:
@@ -92,7 +104,7 @@ def _lay_out_gradients(config: CfgNode, learner: Learner) -> None:
     with torch.compiler.set_stance("force_eager"), learner.autocast():
         loss = learner.objective({"image": images, "target": torch.zeros(2, dtype=torch.int64, device=device)})["loss"]
         loss.backward()
-    learner.optimizer.zero_grad(set_to_none=True)
+    learner.objective.zero_grad(set_to_none=True)
 
 
 def is_split(config: CfgNode, process: Process) -> bool:
@@ -119,6 +131,38 @@ def split_learner(config: CfgNode, process: Process, learner: Learner) -> None:
     learner.optimizer = build_optimizer(config, learner.bare.model)  # over the parts, which are other parameters
     shard_optimizer_state(learner.optimizer, learnt)
     log.info("model, average and optimizer are split over %d processes (fsdp)", process.world_size)
+
+
+def compile_in_place(
+    model: torch.nn.Module, device: torch.device, cuda_graphs: bool = False, fixed_weights: bool = False
+) -> bool:
+    """Has `model` compiled when it first meets a shape; where nothing can be compiled, says so and leaves it as it is.
+
+    What was compiled is kept on disk by PyTorch, in TORCHINDUCTOR_CACHE_DIR, for the next start.
+
+    Args:
+        cuda_graphs: replay a step's kernels as one graph: pays where the GPU waits for their launches.
+        fixed_weights: inference is of the weights as they now are, whatever becomes of them until this is called
+            again: on a CPU they are cast and packed once, instead of at each step.
+    """
+    if fixed_weights:
+        torch.compiler.reset()  # forget code that holds earlier weights
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except RuntimeError as error:  # no compiler, no Triton, a GPU that it does not know: all of them are reported so
+        log.warning(
+            "TRAIN.COMPILE: nothing can be compiled here, so the model runs as it is, slower: %s",
+            " ".join(str(error).split("\n")[:2]),
+        )
+        return False
+    if cuda_graphs and device.type != "cuda":
+        log.warning("TRAIN.CUDA_GRAPHS has no effect here: it is for GPUs")
+        cuda_graphs = False
+    # Each shape is compiled for itself: there are two or three, and code for any shape is slower.
+    packed = {"freezing": True} if fixed_weights and device.type == "cpu" else None
+    model.compile(dynamic=False, mode="reduce-overhead" if cuda_graphs else None, options=packed)
+    log.info("the model is compiled at its first step, which takes up to minutes; later starts find it in a cache")
+    return True
 
 
 def load_pretrained(

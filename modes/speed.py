@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from collections.abc import Callable
 
 import torch
 from yacs.config import CfgNode
@@ -29,24 +30,40 @@ def throughput(config: CfgNode, process: Process) -> None:
         "target": torch.rand(batch_size, num_classes, device=process.device).softmax(1),
         "position": 0,
     }
-
-    @torch.inference_mode()
-    def infer() -> None:
-        with learner.autocast():
-            learner.bare.model(batch["image"])
-
-    learner.bare.eval()
-    say_throughput("inference", engine.measure(infer, batch_size, process.device), learner, batch_size)
+    infer = inference_step(learner, batch["image"])
+    first = engine.seconds_for(infer, 1, process.device)
+    rate = engine.measure(infer, batch_size, process.device)
+    say_throughput("inference", rate, first, learner, batch_size)
     if process.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(process.device)
     global_batch = batch_size * config.TRAIN.ACCUMULATION_STEPS
+    update = training_step(learner, batch)
+    first = engine.seconds_for(update, 1, process.device)
+    rate = engine.measure(update, global_batch, process.device)
+    say_throughput("training", rate, first, learner, batch_size)
+
+
+def inference_step(learner: Learner, images: torch.Tensor) -> Callable[[], None]:
+    """A forward pass of the learner's model over `images`."""
+
+    @torch.inference_mode()
+    def infer() -> None:
+        learner.bare.eval()
+        with learner.autocast():
+            learner.bare.model(images)
+
+    return infer
+
+
+def training_step(learner: Learner, batch: dict) -> Callable[[], object]:
+    """An update by the training loop, with all that it counts and checks; each of its micro-batches is `batch`."""
+    global_batch = len(batch["image"]) * learner.accumulation
     updates = engine.train(learner, itertools.repeat(batch), TrainState(), lambda update: 1e-6, global_batch)
-    rate = engine.measure(lambda: next(updates), global_batch, process.device)
-    say_throughput("training", rate, learner, batch_size)
+    return lambda: next(updates)
 
 
-def say_throughput(what: str, rate: float, learner: Learner, batch_size: int) -> None:
+def say_throughput(what: str, rate: float, first: float, learner: Learner, batch_size: int) -> None:
     log.info(
-        "%-9s  %8.1f images/s per process  %s  batch %d  peak memory %.2f GiB  %s",
-        what, rate, describe(learner.amp_dtype), batch_size, memory_gib(learner.device), hardware(),
+        "%-9s  %8.1f images/s per process  %s  batch %d  peak memory %.2f GiB  first step %.1f s  %s",
+        what, rate, describe(learner.amp_dtype), batch_size, memory_gib(learner.device), first, hardware(),
     )  # fmt: skip

@@ -8,11 +8,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # from the ground up; within one package, siblings may import each other
     {"config", "utils"},
+    {"models.window"},
     {"models.ops"},
     {"models", "data", "optimizer", "lr_scheduler"},
     {"objectives"},
     {"engine"},
-    {"modes"},
+    {"modes", "benchmarks.libraries"},
     {"main", "tools", "benchmarks"},
 ]
 CONFIG_READERS = {"models.build", "data.build", "optimizer", "lr_scheduler", "main", "config"}

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from timm.layers import DropPath
 
 from config import get_config
 from models import build_model
+from models.attention import WindowAttention
 from models.count import count_macs, count_parameters
 from models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from tests._swin import (
@@ -79,8 +79,8 @@ def test_every_path_gives_the_same(attn: str, use_checkpoint: bool):
 
 def test_checkpointing_computes_blocks_again(monkeypatch):
     calls = []
-    forward = SwinTransformerBlock.forward
-    monkeypatch.setattr(SwinTransformerBlock, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    forward = WindowAttention.forward
+    monkeypatch.setattr(WindowAttention, "forward", lambda self, x: calls.append(1) or forward(self, x))
     for use_checkpoint, expected in ((False, 4), (True, 8)):
         calls.clear()
         small(use_checkpoint=use_checkpoint)(IMAGE).sum().backward()
@@ -202,7 +202,7 @@ def test_dropouts_act_in_training_only(which: str):
 def test_drop_path_rises_linearly():
     with torch.device("meta"):
         model = SwinTransformer(drop_path_rate=0.2)
-    rates = [m.drop_path.drop_prob if isinstance(m.drop_path, DropPath) else 0.0 for m in blocks_of(model)]
+    rates = [block.drop_path.rate for block in blocks_of(model)]
     assert rates == pytest.approx([0.2 * i / 11 for i in range(12)])
     assert small(depths=(1,), num_heads=(2,), drop_path_rate=0.2)(IMAGE).shape == (2, 5)  # no division by zero
 
@@ -297,7 +297,7 @@ def test_build_from_the_defaults():
     with torch.device("meta"):
         model = build_model(get_config(None))
     assert count_parameters(model) == 28_288_354
-    assert blocks_of(model)[-1].drop_path.drop_prob == pytest.approx(0.1)
+    assert blocks_of(model)[-1].drop_path.rate == pytest.approx(0.1)
 
 
 def test_build_reads_every_key():

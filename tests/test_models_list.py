@@ -13,6 +13,7 @@ import timm
 import torch
 import torchvision
 
+from benchmarks import libraries
 from config import get_config
 from models import build_model
 from models.count import count_macs, count_parameters
@@ -128,16 +129,16 @@ def test_comparison_finds_equals_equal(kind):
 
 def test_comparison_finds_others_different(monkeypatch):
     other = small_config("swinv2", PRETRAINED_WINDOW_SIZES=[8, 8])
-    libraries = {"timm": lambda config, section, classes: independent.by_timm(other, other.MODEL.SWINV2, classes)}
-    monkeypatch.setattr(independent, "LIBRARIES", libraries)
+    build = {"timm": lambda config, section, classes: libraries.by_timm(other, other.MODEL.SWINV2, classes)}
+    monkeypatch.setattr(independent, "LIBRARIES", build)
     assert independent.compare(small_config("swinv2"), 7)[2] > 1e-3
 
 
 def test_comparison_takes_each_network_once():
     ((recipes, classes, config),) = independent.distinct_networks(["swin_tiny", "swin_tiny_22kto1k"])
     assert (recipes, classes) == (["swin_tiny", "swin_tiny_22kto1k"], 1000)
-    assert independent.by_torchvision(config, config.MODEL.SWIN, 3).head.out_features == 3
-    assert independent.by_torchvision(small_config("swin"), small_config("swin").MODEL.SWIN, 3) is None
+    assert libraries.by_torchvision(config, config.MODEL.SWIN, 3).head.out_features == 3
+    assert libraries.by_torchvision(small_config("swin"), small_config("swin").MODEL.SWIN, 3) is None
 
 
 # Downloads -----------------------------------------------------------------------------------------------------------

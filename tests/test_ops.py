@@ -1,150 +1,146 @@
 """The attention operation against its definition, every implementation alike; and the geometry of shifted windows."""
 
+import functools
 import itertools
 import logging
 
 import pytest
 import torch
-from torch import Tensor
 
 from models import ops
+from models.ops import native
+from models.ops.case import Case
 from models.window import ShiftedWindows, attention_mask, cyclic_shift, partition, relative_position_index, reverse
+from tests._attention import TOLERANCE, Use, assert_right, spelled_out
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-    ),
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+NO_NATIVE = native.why_not(Case("cpu", torch.float32, 3, 16, False, True, False, True))
+NATIVE = pytest.param("native", "cpu", marks=pytest.mark.skipif(bool(NO_NATIVE), reason=NO_NATIVE))
+PLACES = [  # implementation, device; `test_triton.py` has the Triton kernels
+    *(("reference", "cpu"), ("sdpa", "cpu"), NATIVE),
+    *(pytest.param(impl, "cuda", marks=GPU) for impl in ("reference", "sdpa")),
 ]
-IMPLEMENTATIONS = sorted(ops.IMPLEMENTATIONS)
-# Largest error allowed beside float64, for values of order 1: some units in the last place of each type.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-2}
+USES = [
+    Use(3, (6, 9), False),
+    Use(3, (6, 9), True),
+    Use(4, (7, 10), True, heads=3),  # padded
+    Use(4, (3, 9), True),  # a single window along one axis, padded
+    Use(3, (7, 6), True, cosine=True),
+]
 
 
-def inputs(dtype: torch.dtype, masked: bool, device: str, shape=(2, 4, 3, 9, 8)) -> dict:
-    """q, k, v as an unsplit projection lays them out, a bias, a mask that leaves every token itself, a gradient."""
-    B, nW, nH, N, d = shape
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(B, nW, N, 3, nH, d, generator=generator).permute(3, 0, 1, 4, 2, 5)
-    bias = torch.randn(nH, N, N, generator=generator)
-    apart = (torch.rand(nW, N, N, generator=generator) < 0.5) & ~torch.eye(N, dtype=torch.bool)
-    mask = torch.zeros(nW, N, N).masked_fill(apart, -100.0) if masked else None
-    gradient = torch.randn(B, nW, nH, N, d, generator=generator)
-    tensors = {"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "gradient": gradient}
-    # Rounded to bfloat16 first, so that every type starts from the same numbers.
-    return {n: t if t is None else t.bfloat16().to(device, dtype) for n, t in tensors.items()}
+def attend(impl: str):
+    return functools.partial(ops.window_attention, impl=impl)
 
 
-def spelled_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Equation 4 in another spelling than `reference.py`'s: by einsum, unseen keys left out of the sums."""
-    weights = (torch.einsum("bwhnd,bwhmd->bwhnm", q, k) * scale + bias).exp()
-    if mask is not None:
-        weights = weights * (mask == 0).unsqueeze(1)
-    return torch.einsum("bwhnm,bwhmd->bwhnd", weights, v) / weights.sum(-1, keepdim=True)
+@pytest.mark.parametrize("use", USES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("impl", "device"), PLACES)
+def test_values_and_gradients(impl: str, dtype: torch.dtype, use: Use, device: str):
+    if impl == "native" and dtype == torch.float64:
+        pytest.skip("the native code has no float64")
+    assert_right(attend(impl), use, dtype, device)
 
 
-def output_and_gradients(function, given: dict, *arguments) -> list[Tensor]:
-    leaves = [given[name].detach().clone().requires_grad_() for name in ("q", "k", "v", "bias")]
-    out = function(*leaves, given["mask"], *arguments)
-    return [out, *torch.autograd.grad(out, leaves, given["gradient"])]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_values_and_gradients(impl: str, dtype: torch.dtype, masked: bool, device: str):
-    scale = 8**-0.5
-    expected = output_and_gradients(spelled_out, inputs(torch.float64, masked, device), scale)
-    found = output_and_gradients(ops.window_attention, inputs(dtype, masked, device), scale, 0.0, impl)
-    for name, right, value in zip(("output", "q", "k", "v", "bias"), expected, found, strict=True):
-        assert value.dtype == dtype
-        size = right.abs().max().clamp(min=1)  # gradients of the bias are sums over all windows
-        error = ((value - right).abs().max() / size).item()
-        assert error < TOLERANCE[dtype], f"{name}: {error:.1e}"
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_inference_takes_views_as_they_lie(impl: str, masked: bool, device: str):
-    """Without gradients another kernel may be at work; it must read the strided views of a projection all the same."""
-    given = inputs(torch.float32, masked, device)
-    assert not given["q"].is_contiguous()
-    arguments = [given[name] for name in ("q", "k", "v", "bias", "mask")]
+@pytest.mark.parametrize("use", USES, ids=str)
+@pytest.mark.parametrize(("impl", "device"), PLACES)
+def test_inference(impl: str, use: Use, device: str):
+    """Without gradients another kernel may be at work."""
+    given = use.inputs(torch.float32, device)
+    arguments = given["qkv"], given["bias"], use.windows(device), given.get("scale", 0.3)
     with torch.no_grad():
-        found = ops.window_attention(*arguments, 0.3, impl=impl)
-    torch.testing.assert_close(found, spelled_out(*arguments, 0.3), atol=5e-6, rtol=0)
+        found = attend(impl)(*arguments)
+    torch.testing.assert_close(found, spelled_out(*arguments), atol=TOLERANCE[torch.float32], rtol=0)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
 def test_dropout_is_of_the_weights(impl: str):
     """With keys all alike and values of ones, an output is the share of weights kept, over the share expected."""
-    q = torch.zeros(8, 4, 2, 16, 4)
+    qkv = torch.zeros(8, 8, 8, 3, 2, 4)
+    qkv[:, :, :, 2] = 1
     torch.manual_seed(0)
-    out = ops.window_attention(q, q, q + 1, torch.zeros(2, 16, 16), None, 1.0, 0.25, impl)
-    kept = out[..., 0] * 0.75 * 16  # a number of weights for each of 1,024 queries
+    out = ops.window_attention(qkv, torch.zeros(2, 16, 16), ShiftedWindows((8, 8), 4, False), 1.0, 0.25, impl)
+    kept = out[..., ::4] * 0.75 * 16  # a number of weights for each of 1,024 queries
     torch.testing.assert_close(kept, kept.round(), atol=1e-4, rtol=0)
     assert kept.unique().numel() > 3
     assert abs(kept.mean() / 16 - 0.75) < 0.015  # 4.4 standard deviations of 16,384 draws
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_scores_are_added_and_normalised_in_float32(impl: str, gradients: bool):
+@pytest.mark.parametrize(("impl", "device"), PLACES)
+def test_scores_are_added_and_normalised_in_float32(impl: str, device: str, gradients: bool):
     """All products are 64, where bfloat16 counts in steps of 0.25 to 0.5: added in bfloat16, the bias would be lost."""
-    given = inputs(torch.bfloat16, False, "cpu")
-    q = torch.full_like(given["q"], 8**0.5).requires_grad_(gradients)
-    q64 = torch.zeros_like(q, dtype=torch.float64)  # a constant added to all scores changes nothing
-    bias = given["bias"] / 8
-    out = ops.window_attention(q, q, given["v"], bias, None, 8.0, impl=impl)
-    expected = spelled_out(q64, q64, given["v"].double(), bias.double(), None, 1.0)
+    use = Use(3, (6, 6), False)
+    given = use.inputs(torch.bfloat16, device)
+    qkv, bias = given["qkv"], given["bias"] / 8
+    qkv[:, :, :, :2] = 4.0  # 16 of them
+    expected = spelled_out(qkv.double() * torch.tensor([0.0, 0, 1], device=device).view(3, 1, 1), bias.double(),
+                           use.windows(device), 1.0)  # fmt: skip # a constant added to all scores changes nothing
+    out = ops.window_attention(qkv.requires_grad_(gradients), bias, use.windows(device), 0.25, impl=impl)
     torch.testing.assert_close(out.double(), expected, atol=1e-2, rtol=0)
 
 
+HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+
+
 @pytest.mark.parametrize(
-    ("impl", "device", "gradients", "chosen"),
+    ("impl", "device", "dtype", "gradients", "able", "chosen"),
     [
-        ("auto", "cpu", False, "sdpa"),
-        ("auto", "cpu", True, "reference"),
-        ("auto", "cuda", True, "sdpa"),
-        ("auto", "cuda", False, "sdpa"),
-        ("auto", "meta", False, "reference"),
-        ("reference", "cuda", True, "reference"),
-        ("sdpa", "cpu", True, "sdpa"),
+        ("auto", "cpu", SINGLE, False, True, "native"),
+        ("auto", "cpu", SINGLE, False, False, "sdpa"),
+        ("auto", "cpu", HALF, True, False, "reference"),
+        ("auto", "cuda", HALF, True, True, "triton"),
+        ("auto", "cuda", HALF, True, False, "sdpa"),
+        ("auto", "cuda", SINGLE, False, True, "sdpa"),
+        ("auto", "meta", SINGLE, False, True, "reference"),
+        ("triton", "meta", SINGLE, False, True, "reference"),
+        ("triton", "cuda", SINGLE, False, True, "triton"),
+        ("triton", "cpu", SINGLE, True, False, "reference"),
+        ("native", "cpu", SINGLE, True, True, "native"),
+        ("native", "cuda", SINGLE, True, False, "sdpa"),
+        ("reference", "cuda", HALF, True, True, "reference"),
+        ("sdpa", "cpu", DOUBLE, True, True, "sdpa"),
     ],
 )
-def test_choice(impl: str, device: str, gradients: bool, chosen: str):
-    assert ops.choose(impl, device, gradients) == chosen
-
-
-def test_choice_follows_the_need_for_gradients(monkeypatch):
-    given = inputs(torch.float32, False, "cpu")
-    arguments = [given[name] for name in ("q", "k", "v", "bias", "mask")]
-    called = []
-    for name in IMPLEMENTATIONS:
-        monkeypatch.setitem(ops.IMPLEMENTATIONS, name, lambda *_, name=name: called.append(name))
-    ops.window_attention(*arguments, 1.0)
-    given["bias"].requires_grad_()
-    ops.window_attention(*arguments, 1.0)
-    with torch.no_grad():
-        ops.window_attention(*arguments, 1.0)
-    assert called == ["sdpa", "reference", "sdpa"]
-
-
-def test_choice_is_logged_once(caplog):
+def test_choice(monkeypatch, caplog, impl, device, dtype, gradients, able, chosen):
+    for name in ops.WHY_NOT:
+        monkeypatch.setitem(ops.WHY_NOT, name, lambda case: "" if able else "it is a Tuesday")
     ops._log_once.cache_clear()
     caplog.set_level(logging.INFO)
     for _ in range(3):
-        ops.choose("auto", "cpu", True)
-    assert [record.getMessage() for record in caplog.records] == [
-        "Window attention for training on cpu: reference (asked for: auto)"
-    ]
+        assert ops.choose(impl, device, dtype, 7, 32, False, gradients, False, True) == chosen
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    if device == "meta":
+        assert not caplog.records
+    else:
+        purpose = "training" if gradients else "inference"
+        assert len(told) == 1 and told[0].startswith(f"Window attention for {purpose} on {device}: {chosen} (asked")
+        assert ("it is a Tuesday" in told[0]) == (not able)
+    asked_in_vain = not able and impl != "auto"
+    assert len(warned) == asked_in_vain
+    if asked_in_vain:
+        assert warned[0] == (
+            f"MODEL.ATTN {impl} cannot: it is a Tuesday. Window attention is computed by {chosen} instead."
+        )
+
+
+def test_choice_follows_the_need_for_gradients(monkeypatch):
+    use = Use(3, (6, 6), True, width=8)
+    given = use.inputs(torch.float64)
+    called = []
+    monkeypatch.setattr(ops, "implementation", lambda name: lambda *_: called.append(name))
+    ops.window_attention(given["qkv"], given["bias"], use.windows(), 1.0)
+    given["bias"].requires_grad_()
+    ops.window_attention(given["qkv"], given["bias"], use.windows(), 1.0)
+    with torch.no_grad():
+        ops.window_attention(given["qkv"], given["bias"], use.windows(), 1.0)
+    assert called == ["sdpa", "reference", "sdpa"]
 
 
 def test_unknown_implementation():
-    with pytest.raises(ValueError, match="'triton'.*auto, reference, sdpa"):
-        ops.choose("triton", "cpu", True)
+    with pytest.raises(ValueError, match="'flash'.*auto, reference, sdpa, triton, native"):
+        ops.choose("flash", "cpu", SINGLE, 7, 32, False, True, False, True)
 
 
 def test_partition_is_row_by_row_and_reversible():
@@ -222,11 +218,12 @@ def test_every_row_of_the_mask_sees_something():
 @pytest.mark.parametrize("shifted", [False, True])
 def test_split_and_join_undo_each_other(map_size: tuple[int, int], shifted: bool):
     windows = ShiftedWindows((8, 8), 4, shifted)
-    x = torch.randn(2, *map_size, 3)
-    cut, mask = windows.split(x)
-    assert cut.shape[2] == 16
-    assert mask is None or mask.shape == (cut.shape[1], 16, 16)
-    assert torch.equal(windows.join(cut, *map_size), x)
+    for further in ((3,), (3, 2, 5)):
+        x = torch.randn(2, *map_size, *further)
+        cut, mask = windows.split(x)
+        assert cut.shape[3:] == (4, 4, *further)
+        assert mask is None or mask.shape == (cut.shape[1] * cut.shape[2], 16, 16)
+        assert torch.equal(windows.join(cut, *map_size), x)
 
 
 def test_window_shrinks_to_a_small_map():

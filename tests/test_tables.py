@@ -50,11 +50,12 @@ def test_padding_is_the_same_function_as_the_cyclic_shift(size, window):
 def test_padding_costs_a_window_more_along_each_axis():
     x = torch.randn(1, 56, 56, 2)
     cyclic, padded = ShiftedWindows((56, 56), 7, shifted=True), PaddedWindows((56, 56), 7, shifted=True)
-    assert (cyclic.split(x)[0].shape[1], padded.split(x)[0].shape[1]) == (8 * 8, 9 * 9)
+    assert (cyclic.split(x)[0].shape[1:3], padded.split(x)[0].shape[1:3]) == ((8, 8), (9, 9))
+    assert (cyclic.columns(56), padded.columns(56)) == (8, 9)
     assert torch.equal(padded.join(padded.split(x)[0], 56, 56), x)
     assert padded.margins(56, 56) == ((4, 3), (4, 3))
     unshifted = PaddedWindows((56, 56), 7, shifted=False)
-    assert unshifted.split(x)[1] is None and unshifted.split(x)[0].shape[1] == 8 * 8
+    assert unshifted.split(x)[1] is None and unshifted.split(x)[0].shape[1:3] == (8, 8)
 
 
 def test_without_shift_is_the_ablation_of_that_name():

@@ -17,7 +17,7 @@ CHOICES = {
     "DATA.CACHE_MODE": ("no", "part", "full"),
     "MODEL.TYPE": ("swin", "swinv2", "swin_mlp", "timm"),
     "MODEL.SWIN.POSITION": ("none", "abs", "abs+rel", "rel_no_app", "rel"),
-    "MODEL.ATTN": ("auto", "reference", "sdpa"),
+    "MODEL.ATTN": ("auto", "reference", "sdpa", "triton", "native"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
     "TRAIN.PARALLEL": ("ddp", "fsdp"),
@@ -83,6 +83,7 @@ NO_EFFECT_FOR = {
     "timm": {
         "MODEL.ATTN": "timm's models choose how they compute attention",
         "MODEL.ATTN_DROP_RATE": "it is not passed on to timm's models",
+        "MODEL.DROP_PATH_SKIP": "timm's models do their own stochastic depth",
     },
 }
 
@@ -176,6 +177,15 @@ def contradictions(config: CfgNode, said: Callable[[str], str]) -> Iterator[str]
                 f"{said('TRAIN.LR_SCHEDULER.NAME')} needs rising epochs, none within warm-up, in "
                 f"{said('TRAIN.LR_SCHEDULER.MULTISTEPS')}, such as [150, 225]; {said('TRAIN.WARMUP_EPOCHS')}."
             )
+    if train.CUDA_GRAPHS and not train.COMPILE:
+        yield f"{said('TRAIN.CUDA_GRAPHS')} replays what is compiled: add TRAIN.COMPILE True, or leave it out."
+    if train.CUDA_GRAPHS and train.ACCUMULATION_STEPS > 1:
+        yield (
+            f"{said('TRAIN.CUDA_GRAPHS')} reuses the memory of gradients, which {said('TRAIN.ACCUMULATION_STEPS')} "
+            "adds up: use one of the two."
+        )
+    if train.BF16_PARAMS and config.MODEL.TYPE == "timm":
+        yield f"{said('TRAIN.BF16_PARAMS')} is for this project's models: timm's may count on float32. Leave it out."
     mixing = aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None
     if mixing and config.DATA.BATCH_SIZE % 2 and not (config.EVAL_MODE or config.THROUGHPUT_MODE):
         yield (
@@ -186,8 +196,9 @@ def contradictions(config: CfgNode, said: Callable[[str], str]) -> Iterator[str]
         yield f"{said('TRAIN.PARALLEL')} splits a model by its blocks, and timm's are not known: set ddp."
     if train.PARALLEL == "fsdp" and train.OPTIMIZER.NAME != "adamw":
         yield f"{said('TRAIN.PARALLEL')} goes with adamw alone, not {said('TRAIN.OPTIMIZER.NAME')}: set ddp."
-    if train.PARALLEL == "fsdp" and train.COMPILE:
-        yield f"{said('TRAIN.PARALLEL')} does not go with {said('TRAIN.COMPILE')}: set ddp, or COMPILE False."
+    for other in ("COMPILE", "BF16_PARAMS"):
+        if train.PARALLEL == "fsdp" and train[other]:
+            yield f"{said('TRAIN.PARALLEL')} does not go with {said(f'TRAIN.{other}')}: set ddp, or {other} False."
     if aug.CUTMIX_MINMAX is not None and aug.CUTMIX_MINMAX[0] > aug.CUTMIX_MINMAX[1]:
         yield f"{said('AUG.CUTMIX_MINMAX')} must be [least, largest]: swap the two."
     if not AUTO_AUGMENT.fullmatch(aug.AUTO_AUGMENT):

@@ -3,24 +3,29 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.ops.reference import additive_term
+from models.ops.reference import additive_term, join_heads, scaled_queries_and_keys
+from models.window import ShiftedWindows
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, dropout_p: float
+    qkv: Tensor, bias: Tensor, windows: ShiftedWindows, scale: float | Tensor, dropout_p: float
 ) -> Tensor:
     """Shapes: see `models.ops.window_attention`.
 
-    The fused kernels take four dimensions, so B and nW become one, (B·nW, nH, N, d), which is a view for q, k and v as
-    they come out of the projection. The mask differs from window to window and therefore has to be repeated B times.
+    The fused kernels take four dimensions, so B and nW become one, (B·nW, nH, N, d), of which they read any layout:
+    the windows are copied once, as the tokens lie in them. The mask differs from window to window and therefore has to
+    be repeated B times.
     """
-    batch, windows = q.shape[:2]
-    added = additive_term(bias, mask).to(q.dtype)
+    batch, height, width = qkv.shape[:3]
+    grid, mask = windows.split(qkv)  # (B, rows, columns, M, M, 3, nH, d)
+    q, k, v = grid.flatten(3, 4).flatten(0, 2).permute(2, 0, 3, 1, 4).unbind(0)  # (B·nW, nH, N, d) each
+    added = additive_term(bias, mask).to(qkv.dtype)
     if mask is None:
         added = added.unsqueeze(0)  # (1, nH, N, N)
     else:
         added = added.expand(batch, *added.shape).flatten(0, 1)  # (B·nW, nH, N, N)
-    out = F.scaled_dot_product_attention(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=added, dropout_p=dropout_p, scale=scale
-    )
-    return out.unflatten(0, (batch, windows))
+    if isinstance(scale, Tensor):
+        q, k = scaled_queries_and_keys(q, k, scale)
+        scale = 1.0
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout_p, scale=scale)
+    return join_heads(out.unflatten(0, (batch, -1)), windows, height, width)
