@@ -114,8 +114,7 @@ _C.TRAIN.USE_CHECKPOINT = False  # gradient checkpointing: recompute activations
 _C.TRAIN.LAYER_DECAY = 1.0  # learning rate of each layer over that of the layer above it; 1 = all the same
 _C.TRAIN.EMA_DECAY = 0.0  # decay per update of a moving average of the weights, evaluated too; 0 = none
 _C.TRAIN.MAX_BAD_STEPS = 10  # updates in a row with a loss or gradient that is not finite before the run stops
-# Several processes: ddp, each has the whole model; fsdp, they share one copy of model, average and optimizer state.
-_C.TRAIN.PARALLEL = "ddp"
+_C.TRAIN.PARALLEL = "ddp"  # several processes: ddp, each has the whole model; fsdp, they share one copy of all of it
 _C.TRAIN.COMPILE = False  # compile the model with torch.compile
 _C.TRAIN.CUDA_GRAPHS = False  # with COMPILE on a GPU: replay a step's kernels as one graph; pays for small batches
 _C.TRAIN.BF16_PARAMS = False  # matrices in bfloat16, float32 masters in the optimizer: casts less, sends half as much

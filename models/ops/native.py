@@ -1,4 +1,4 @@
-"""Window attention on the CPU by `native.cpp`, as a custom operator that `torch.compile` takes as a whole.
+"""Window attention on the CPU by `native_code/`, as a custom operator that `torch.compile` takes as a whole.
 
 The operator `swin::native_attention` has a gradient, `swin::native_attention_backward`; both say what shapes they give
 without running. Results are the same bits from run to run and for any number of threads: every window is computed by
@@ -7,18 +7,26 @@ one thread, and sums over windows are made in shares whose number does not depen
 
 import ctypes
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from models.ops.case import Case
-from models.ops.native_build import library
+from utils.native import CannotBuild, NativeLibrary
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_TOKENS = 1024  # of a window: the scores of one head are to stay in the processor's own cache
 LANES = 16  # floats in a vector
 SHARES = 32  # of the windows, each with its own sum of bias gradients
+
+LIBRARY = NativeLibrary(
+    purpose="window attention for this CPU",
+    folder=Path(__file__).with_name("native_code"),
+    language="c++",
+    flags=("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"),
+)
 
 
 @functools.cache
@@ -36,7 +44,11 @@ def why_not(case: Case) -> str:
         return "it has no dropout of attention weights (MODEL.ATTN_DROP_RATE)"
     if not case.cyclic:
         return "windows are not cut by a cyclic shift"
-    return library()[1]
+    try:
+        LIBRARY.load()
+    except CannotBuild as error:
+        return str(error)
+    return ""
 
 
 def window_attention(qkv: Tensor, bias: Tensor, windows, scale: float | Tensor, dropout_p: float) -> Tensor:
@@ -50,7 +62,7 @@ def window_attention(qkv: Tensor, bias: Tensor, windows, scale: float | Tensor, 
 
 
 def _geometry(qkv: Tensor, window: int, down: int, right: int) -> ctypes.Array:
-    """`Shape` in native.cpp: B, H, W, nH, d, M and the shift."""
+    """`Shape` in native_code/native.cpp: B, H, W, nH, d, M and the shift."""
     B, H, W, _, heads, width = qkv.shape
     return (ctypes.c_long * 8)(B, H, W, heads, width, window, down, right)
 
@@ -82,7 +94,7 @@ def attend(
     qkv = qkv.contiguous()
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5])
     across, factors = _across(bias), _factors(scales, factor, qkv.shape[4])
-    library()[0].window_attention_forward(
+    LIBRARY.load().window_attention_forward(
         _geometry(qkv, window, down, right), qkv.dtype is torch.bfloat16, _address(qkv), _address(across),
         _address(factors), scales is not None, _address(out), torch.get_num_threads(),
     )  # fmt: skip
@@ -112,7 +124,7 @@ def attend_backward(
     shares = min(SHARES, B * -(-H // window) * -(-W // window))
     grad_qkv = torch.empty_like(qkv)
     grad_bias, grad_scales = across.new_zeros(shares, *across.shape), across.new_zeros(shares, heads)
-    library()[0].window_attention_backward(
+    LIBRARY.load().window_attention_backward(
         _geometry(qkv, window, down, right), qkv.dtype is torch.bfloat16, _address(qkv), _address(across),
         _address(factors), scales is not None, _address(gradient), _address(grad_qkv), _address(grad_bias),
         _address(grad_scales), ctypes.c_long(shares), torch.get_num_threads(),
