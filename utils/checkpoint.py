@@ -61,7 +61,8 @@ def _load(path: Path) -> dict:
     except Exception as error:  # damaged files make the unpickler raise almost anything; none of it gets further
         raise UserError(_why_unreadable(path, error)) from error
     if not isinstance(contents, dict):
-        raise UserError(f"{path}: not a checkpoint: it holds a {type(contents).__name__}, not a dict of weights")
+        kind = type(contents).__name__
+        raise UserError(f"{path}: not a checkpoint: it holds a {kind}, not a dict of weights. Give one")
     return contents
 
 
