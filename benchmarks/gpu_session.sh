@@ -55,12 +55,11 @@ else
     table="$folder/step_cpu.md" large=("${tiny[@]}") small=("${tiny[@]}") memory=("${tiny[@]}") graphs=(eager) first=2
     demo=(TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0) tests=(tests/test_floors.py)
 fi
-have() { [ -f "benchmarks/$1.py" ]; }
 main=("$python" main.py --cfg configs/swin_tiny.yaml)
 [ "$device" = cuda ] || main=("$python" main.py --cfg configs/demo.yaml)
 
-part tests 110 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
-have window_attention && part attention 50 "$python" -m benchmarks.window_attention --write "$folder/window_attention.md"
+part tests 95 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
+part attention 50 "$python" -m benchmarks.window_attention --write "$folder/window_attention.md"
 
 # Small and sure things first; the compiled peers take longest and come last.
 part eager 50 "${step[@]}" "$table" "${large[@]}" --dtypes bfloat16 --ways eager
@@ -74,9 +73,7 @@ for start in cold cached; do # "first step … s" in the log: compiling included
     part "first_step_$start" $([ $start = cold ] && echo 75 || echo 30) env TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" \
         "${main[@]}" --throughput --batch-size $first --opts TRAIN.COMPILE True AMP_DTYPE bfloat16
 done
-if have loader; then
-    part loader 30 "$python" -m benchmarks.loader --seconds 3 --write "$folder/loader_gpu.md"
-fi
+part loader 45 "$python" -m benchmarks.loader --only device --rounds 2 --output "$folder"
 part graphs 60 "${step[@]}" "$table" "${small[@]}" --dtypes bfloat16 --libraries --ways "${graphs[@]}"
 part compiled 90 "${step[@]}" "$table" "${large[@]}" --dtypes bfloat16 --modes training --ways compiled \
     --variant skip MODEL.DROP_PATH_SKIP True --variant bf16 TRAIN.BF16_PARAMS True

@@ -4,6 +4,7 @@ A child costs milliseconds, and whatever happens in it (a crash in a decoder, a 
 """
 
 import faulthandler
+import functools
 import os
 import resource
 import select
@@ -13,6 +14,10 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import data.native
+import models.ops.native
+from utils.native import CannotBuild
 
 # What Python tells its audit hooks when a program is started, a connection made or foreign code loaded.
 _SUSPICIOUS = (
@@ -34,6 +39,16 @@ class Outcome:
     executed: tuple[str, ...]
 
 
+@functools.cache
+def load_native_parts() -> None:
+    """Loads the project's own native code, or finds out that there is none, so that no child has to."""
+    for load in (data.native.library, models.ops.native.LIBRARY.load):
+        try:
+            load()
+        except CannotBuild:
+            continue  # the children do without, as anybody
+
+
 def forked(call: Callable[[], int | None], timeout: float = 60.0, memory: int = 0) -> Outcome:
     """Runs `call` in a child of its own, ends it after `timeout` seconds, and tells what became of it.
 
@@ -41,6 +56,7 @@ def forked(call: Callable[[], int | None], timeout: float = 60.0, memory: int = 
         call: its result is the exit code, None meaning 0; an exception is printed as Python does, and code 1.
         memory: bytes of address space that the child may take beyond what it begins with; 0 for no limit.
     """
+    load_native_parts()
     reading, writing = os.pipe()  # not a file: limits on files and full disks are among what is tested
     os.set_blocking(reading, False)
     started = time.monotonic()

@@ -21,3 +21,10 @@ def logging_as_before() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.captureWarnings(False)
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew(request: pytest.FixtureRequest) -> None:
+    """What torch.compile remembers of another test's shapes would make it look for code for all shapes, slowly."""
+    if "compile" in request.node.name:
+        torch.compiler.reset()

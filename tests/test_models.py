@@ -280,7 +280,7 @@ def test_autocast():
 def test_compiles_without_a_break(backend: str, attn: str):
     model = spread(small(attn=attn))
     expected, expected_gradients = logits_and_gradients(model, IMAGE)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     logits, gradients = logits_and_gradients(compiled, IMAGE)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     assert_same_gradients({name.removeprefix("_orig_mod."): g for name, g in gradients.items()}, expected_gradients)

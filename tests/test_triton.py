@@ -142,7 +142,8 @@ def test_compiles_without_a_break(version: int):
     _, model = models(version)
     images = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     expected, expected_gradients = logits_and_gradients_on(model, images)
-    compiled = torch.compile(model, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     logits, gradients = logits_and_gradients_on(compiled, images)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     assert_same_gradients({n.removeprefix("_orig_mod."): g for n, g in gradients.items()}, expected_gradients)

@@ -21,6 +21,7 @@ import torch
 
 import main
 import utils.run_folder
+from tests._forked import load_native_parts
 from tests._tiny import write_images, write_recipe
 from utils.checkpoint import read_checkpoint
 
@@ -40,6 +41,7 @@ class Start:
         self.pids: list[int] = []
         self.codes: dict[int, int] = {}  # by pid; negative: the signal
         self.ended: dict[int, float] = {}  # by pid, seconds after `began`
+        load_native_parts()
         port = free_port()
         sys.stdout.flush()
         self._agent = _fork_agent(port) if agent else 0
