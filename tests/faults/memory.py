@@ -65,7 +65,7 @@ def _starving(where: str, at: int, victim: int) -> Inject:
     def inject(rank: int) -> None:
         if rank != victim:
             return
-        update, evaluate, decode = engine._update, engine.evaluate, data.loader.decode
+        update, evaluate, make = engine._update, engine.evaluate, data.loader.TrainSamples.make
         seen = {"update": 0, "evaluation": 0, "loading process": 0}
 
         def too_much(place: str, number: int) -> None:
@@ -89,10 +89,10 @@ def _starving(where: str, at: int, victim: int) -> Inject:
             too_much("evaluation", 2)
             return evaluate(*args)
 
-        def starved_decode(*args):
+        def starved_make(*args):
             too_much("loading process", 3 * at)
-            return decode(*args)
+            return make(*args)
 
-        engine._update, engine.evaluate, data.loader.decode = starved_update, starved_evaluate, starved_decode
+        engine._update, engine.evaluate, data.loader.TrainSamples.make = starved_update, starved_evaluate, starved_make
 
     return inject
