@@ -15,11 +15,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
     """main() sets logging up for the whole process, which outlives a test that calls it."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    root, modes = logging.getLogger(), logging.getLogger("modes")
+    handlers, levels = list(root.handlers), (root.level, modes.level)
     yield
     root.handlers[:] = handlers
-    root.setLevel(level)
+    root.setLevel(levels[0])
+    modes.setLevel(levels[1])  # benchmarks.step makes it quieter
     logging.captureWarnings(False)
 
 

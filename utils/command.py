@@ -26,9 +26,11 @@ def mendable(error: Exception, less_memory: str = LESS_MEMORY) -> UserError | No
     Args:
         less_memory: what takes less memory.
     """
-    # By name, since torch is not imported here; it has a class for GPUs alone.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "CPUAllocator" in str(error):
-        said = (str(error).splitlines() or ["there is no more"])[0]
+    # By name, since torch is not imported here; it has a class for GPUs alone. What happened in a loading process comes
+    # as a RuntimeError where the original error cannot be made again, and names the original.
+    said = (str(error).splitlines() or ["there is no more"])[0]
+    by_name = type(error).__name__ == "OutOfMemoryError" or "CPUAllocator" in str(error) or "Caught MemoryError" in said
+    if isinstance(error, MemoryError) or by_name:
         return UserError(f"out of memory: {said} Ways out: {less_memory}")
     if isinstance(error, OSError) and error.errno in _MACHINE:
         where = "" if error.filename is None else f"{error.filename}: "
