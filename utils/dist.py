@@ -148,7 +148,7 @@ def _wait_a_little(until: float, otherwise: str) -> None:
 
 
 def _in_short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error)[:300]}"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 def barrier() -> None:
