@@ -40,7 +40,7 @@ class Cluster:
     gpu_gbytes: float = 300.0  # GB/s of a GPU's all-reduce within a node (NVLink: 450 by the data sheet)
     node_gbits: float = 3200.0  # Gbit/s between nodes: eight adapters of 400
     cores_per_gpu: float = 14.0  # two processors of 56 cores for eight GPUs
-    images_per_core: float = 850.0  # decoded and augmented; see docs/LOADER.md
+    images_per_core: float = 700.0  # decoded and augmented; see docs/LOADER.md
     image_kbytes: float = 110.0  # mean size of an ImageNet JPEG
     read_gbytes: float = 5.0  # GB/s that a node reads from storage
     write_gbytes: float = 1.0  # GB/s that one process writes
