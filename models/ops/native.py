@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.ops.case import Case
+from models.ops.operator import call, complete
 from utils.native import CannotBuild, NativeLibrary
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -53,12 +54,7 @@ def why_not(case: Case) -> str:
 
 def window_attention(qkv: Tensor, bias: Tensor, windows, scale: float | Tensor, dropout_p: float) -> Tensor:
     """See `models.ops.window_attention`; `dropout_p` is 0."""
-    down, right = windows.shifts(*qkv.shape[1:3])
-    cosine = isinstance(scale, Tensor)
-    return attend(
-        qkv.contiguous(), bias.float(), scale.float() if cosine else None, 1.0 if cosine else scale, windows.window,
-        down, right,
-    )  # fmt: skip
+    return call(attend, qkv.contiguous(), bias, windows, scale)
 
 
 def _geometry(qkv: Tensor, window: int, down: int, right: int) -> ctypes.Array:
@@ -101,11 +97,6 @@ def attend(
     return out
 
 
-@attend.register_fake
-def _(qkv: Tensor, bias: Tensor, scales: Tensor | None, factor: float, window: int, down: int, right: int) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5])
-
-
 @torch.library.custom_op("swin::native_attention_backward", mutates_args=(), device_types="cpu")
 def attend_backward(
     gradient: Tensor,
@@ -133,30 +124,4 @@ def attend_backward(
     return grad_qkv, grad_bias, bias.new_empty(0) if scales is None else grad_scales.sum(0)
 
 
-@attend_backward.register_fake
-def _(
-    gradient: Tensor,
-    qkv: Tensor,
-    bias: Tensor,
-    scales: Tensor | None,
-    factor: float,
-    window: int,
-    down: int,
-    right: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(qkv), torch.empty_like(bias), bias.new_empty(0 if scales is None else scales.shape)
-
-
-def _keep(ctx, inputs: tuple, output: Tensor) -> None:
-    qkv, bias, scales, *ctx.numbers = inputs
-    ctx.cosine = scales is not None
-    ctx.save_for_backward(*((qkv, bias, scales) if ctx.cosine else (qkv, bias)))
-
-
-def _backward(ctx, gradient: Tensor) -> tuple:
-    saved = ctx.saved_tensors if ctx.cosine else (*ctx.saved_tensors, None)
-    grad_qkv, grad_bias, grad_scales = attend_backward(gradient, *saved, *ctx.numbers)
-    return grad_qkv, grad_bias, grad_scales if ctx.cosine else None, *(None for _ in ctx.numbers)
-
-
-attend.register_autograd(_backward, setup_context=_keep)
+complete(attend, attend_backward)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.ops import triton_kernels as kernels
 from models.ops.case import Case
+from models.ops.operator import call, complete
 from models.window import ShiftedWindows
 
 MAX_TOKENS = 256  # of a window: more do not fit into one tile
@@ -135,11 +136,6 @@ def attend(
     return out
 
 
-@attend.register_fake
-def _(qkv: Tensor, bias: Tensor, scales: Tensor | None, factor: float, window: int, down: int, right: int) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5])
-
-
 @torch.library.custom_op("swin::window_attention_backward", mutates_args=())
 def attend_backward(
     gradient: Tensor,
@@ -168,27 +164,7 @@ def attend_backward(
     return grad_qkv, grad_bias.sum(0), grad_scales if scales is None else grad_scales.sum((0, 1))
 
 
-@attend_backward.register_fake
-def _(gradient: Tensor, qkv: Tensor, bias: Tensor, scales: Tensor | None, *_) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(qkv, memory_format=torch.contiguous_format),
-        torch.empty_like(bias, memory_format=torch.contiguous_format),
-        bias.new_empty(0 if scales is None else scales.shape),
-    )
-
-
-def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-    qkv, bias, scales, *ctx.numbers = inputs
-    ctx.save_for_backward(qkv, bias, scales)
-
-
-def _backward(ctx, gradient: Tensor) -> tuple:
-    qkv, bias, scales = ctx.saved_tensors
-    grad_qkv, grad_bias, grad_scales = attend_backward(gradient, qkv, bias, scales, *ctx.numbers)
-    return grad_qkv, grad_bias, None if scales is None else grad_scales, None, None, None, None
-
-
-attend.register_autograd(_backward, setup_context=_setup_context)
+complete(attend, attend_backward)
 
 
 def window_attention(
@@ -197,8 +173,4 @@ def window_attention(
     """Shapes: see `models.ops.window_attention`. The softmax is in float32."""
     if dropout_p:
         raise ValueError("the Triton kernels have no dropout of attention weights")
-    down, right = windows.shifts(*qkv.shape[1:3])
-    cosine = isinstance(scale, Tensor)
-    return attend(
-        qkv, bias.float(), scale.float() if cosine else None, 1.0 if cosine else scale, windows.window, down, right
-    )
+    return call(attend, qkv, bias, windows, scale)
