@@ -9,6 +9,10 @@ A training step is forward, backward, clipping at 5.0 and an update by fused Ada
 all that it counts and checks. Everything has its turn in each round; figures are medians over the rounds. A variant of
 this project, such as --variant skip MODEL.DROP_PATH_SKIP True, is measured as "here skip". FILE.md, and FILE.csv beside
 it, keep what earlier runs wrote: a row that is measured again is replaced.
+
+With --apart each has a process of its own, as its users run it. Otherwise all share one, and what this project sets for
+it on a CPU serves the others too. "tuned" is a compiled peer for which all is set that this project sets by itself; the
+best peer is sought among the others.
 """
 
 import argparse
@@ -18,14 +22,16 @@ import logging
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 from yacs.config import CfgNode
 
 import engine
+from benchmarks.apart import Apart, Step
 from benchmarks.footprint import Ledger
 from benchmarks.libraries import LIBRARIES, Logits, section_of
 from benchmarks.runs import ROOT
@@ -38,6 +44,7 @@ from modes.learner import build_learner, prepare_for_speed
 from modes.speed import inference_step, training_step
 from utils.dist import Process
 from utils.errors import UserError
+from utils.memory import keep_freed_memory
 from utils.table import Column, Table, circumstances
 
 log = logging.getLogger(__name__)
@@ -45,7 +52,7 @@ log = logging.getLogger(__name__)
 CLASSES = 1000
 HERE = "here"
 MODES = ("inference", "training")
-WAYS = ("eager", "compiled", "graphs")
+WAYS = ("eager", "compiled", "tuned", "graphs")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Dense arithmetic that the data sheets promise, FLOP/s; float32 without TensorFloat-32, as it is measured here.
 DATA_SHEETS = {name: {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12} for name in ("H100", "H200")}
@@ -78,21 +85,20 @@ class Case:
         return get_config(ROOT / "configs" / f"{self.model}.yaml", [*said, *opts])
 
 
-Step = Callable[[], object]
+Build = Callable[[], Step]
 
 
 def candidates(
     case: Case, device: torch.device, libraries: Sequence[str], ways: Sequence[str], variants: dict[str, list[str]]
-) -> Iterator[tuple[str, Callable[[], Step]]]:
+) -> Iterator[tuple[str, Build]]:
     """Names, and what builds the step of each."""
     config = case.config()
+    offered = [name for name in libraries if LIBRARIES[name](config, section_of(config), CLASSES) is not None]
     for way in ways:
-        for name, opts in variants.items():
-            yield f"{name}, {way}", lambda opts=opts, way=way: step_here(case, device, way, opts)
-        for library in libraries:
-            model = LIBRARIES[library](config, section_of(config), CLASSES)
-            if model is not None:
-                yield f"{library}, {way}", lambda model=model, way=way: step_of(model, case, device, way)
+        for name, opts in variants.items() if way != "tuned" else ():
+            yield f"{name}, {way}", partial(step_here, case, device, way, opts)
+        for library in offered:
+            yield f"{library}, {way}", partial(step_of, library, case, device, way)
 
 
 def random_batch(case: Case, device: torch.device) -> dict:
@@ -115,9 +121,14 @@ def step_here(case: Case, device: torch.device, way: str, opts: Sequence[str]) -
     return training_step(learner, batch) if case.mode == "training" else inference_step(learner, batch["image"])
 
 
-def step_of(model: nn.Module, case: Case, device: torch.device, way: str) -> Step:
+def step_of(library: str, case: Case, device: torch.device, way: str) -> Step:
     """The plainest loop around another library's model."""
-    model = Logits(model).to(device)
+    config = case.config()
+    model = Logits(LIBRARIES[library](config, section_of(config), CLASSES)).to(device)
+    if way == "tuned":
+        keep_freed_memory()
+    # Weights packed once, for inference on a CPU: compiled models here have it, elsewhere their users ask for it.
+    torch._inductor.config.freezing = way == "tuned"
     if way != "eager":
         model.compile(dynamic=False, mode="reduce-overhead" if way == "graphs" else None)
     batch = random_batch(case, device)
@@ -128,25 +139,34 @@ def step_of(model: nn.Module, case: Case, device: torch.device, way: str) -> Ste
 
 
 def measure(
-    case: Case, builders: Iterator[tuple[str, Callable[[], Step]]], device: torch.device, seconds: float, turns: int
+    case: Case, builders: Iterator[tuple[str, Build]], device: torch.device, seconds: float, turns: int, apart: bool
 ) -> dict[str, tuple[float | None, float | None]]:
     """For each candidate images/s and GiB; None where it does not fit into the memory, or its memory is not counted."""
     steps, memory = {}, {}
-    for name, build in builders:
-        try:
-            before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-            step = build()
-            memory[name] = peak_memory(step, device, before, name.endswith("eager"))
-            steps[name] = step
-        except torch.OutOfMemoryError as error:
-            memory[name] = None
-            log.warning("%s, %s: does not fit into the memory: %s", case, name, str(error).splitlines()[0])
-    rates = take_turns(steps, case.batch, device, seconds, turns)
+    with ExitStack() as processes:
+        for name, build in builders:
+            try:
+                if apart:
+                    steps[name] = processes.enter_context(closing(Apart(begin, build, device, name)))
+                    memory[name] = steps[name].known
+                else:
+                    steps[name], memory[name] = begin(build, device, name)
+            except torch.OutOfMemoryError as error:
+                memory[name] = None
+                log.warning("%s, %s: does not fit into the memory: %s", case, name, str(error).splitlines()[0])
+        rates = take_turns(steps, case.batch, device, seconds, turns)
     found = {name: (statistics.median(rates[name]) if name in rates else None, memory[name]) for name in memory}
     for name, (rate, _) in found.items():
         shown = " ".join(map(str, (case.model, case.mode, case.dtype, case.batch)))
         log.info("%s  %-22s %10.2f images/s", shown, name, rate or 0)
     return found
+
+
+def begin(build: Build, device: torch.device, name: str) -> tuple[Step, float | None]:
+    """A candidate's step, run at least once, and the GiB that it takes."""
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    step = build()
+    return step, peak_memory(step, device, before, name.endswith("eager"))
 
 
 def peak_memory(step: Step, device: torch.device, before: int, eager: bool) -> float | None:
@@ -186,6 +206,7 @@ def make(
     device: str,
     seconds: float,
     turns: int,
+    apart: bool = False,
 ) -> Table:
     """Measures all combinations.
 
@@ -202,13 +223,15 @@ def make(
             Case(model, modes[0], dtypes[0], batch_sizes[0]).config(*opts)
     if "graphs" in ways and place.type != "cuda":
         raise UserError("--ways graphs: CUDA graphs need a GPU, and PyTorch finds none; leave it out")
+    if "tuned" in ways and not (apart and place.type == "cpu"):
+        raise UserError("--ways tuned sets things for its process, on a CPU: give it --apart and --device cpu")
     table, products = Table("step", "A step beside the peers", COLUMNS), []
     for dtype in dtypes:
         peak = matrix_product(dtype, place)
         sheet = data_sheet(dtype, place)
         products.append(f"{peak / 1e12:.3g} TFLOP/s in {dtype}")
         for case in (Case(m, mode, dtype, batch) for m in models for mode in modes for batch in batch_sizes):
-            found = measure(case, candidates(case, place, libraries, ways, variants), place, seconds, turns)
+            found = measure(case, candidates(case, place, libraries, ways, variants), place, seconds, turns, apart)
             table.rows += rows_of(case, found, peak, sheet)
             torch._dynamo.reset()
             gc.collect()
@@ -232,7 +255,8 @@ def rows_of(case: Case, found: dict, peak: float, sheet: float | None) -> list[l
     with torch.device("meta"):
         macs = count_macs(build_model(config, CLASSES), config.DATA.IMG_SIZE)
     flops = 2 * macs * (3 if case.mode == "training" else 1)
-    best = max((rate for name, (rate, _) in found.items() if rate and not name.startswith(HERE)), default=None)
+    peers = {name: rate for name, (rate, _) in found.items() if rate and not name.startswith(HERE)}
+    best = max((rate for name, rate in peers.items() if not name.endswith("tuned")), default=None)
     rows = []
     for name, (rate, memory) in found.items():
         used = rate and rate * flops
@@ -278,6 +302,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="of each candidate in each turn (2)")
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="medians are taken over these (5)")
+    parser.add_argument("--apart", action="store_true", help="each in a process of its own")
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="add the rows to this file and FILE.csv")
     return parser
 

@@ -87,6 +87,27 @@ class PatchMerging(nn.Module):
         return self.norm(self.reduction(x)) if self.norm_last else self.reduction(self.norm(x))
 
 
+class LinearOfGelu(torch.autograd.Function):
+    """linear(gelu(x)), as F.linear(F.gelu(x), weight, bias) computes it, which keeps x for the backward pass and not
+    gelu(x) as well: the widest map of a block is computed again, by the element, instead of held twice.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)  # (tokens, C)
+        of_x = torch.ops.aten.gelu_backward((rows @ weight).view(x.shape), x)
+        return of_x, rows.T @ F.gelu(x).flatten(0, -2), rows.sum(0)
+
+
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them, applied to each token."""
 
@@ -97,8 +118,13 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
+        """(..., C) to (..., C). Nothing is gained by holding less where all is `recompute`d in the backward pass."""
+        x = self.fc1(x)
+        if recompute or self.drop.p > 0 or not torch.is_grad_enabled():
+            return self.drop(self.fc2(self.drop(self.act(x))))
+        # Under autocast x is what fc1 made of it; the casts are outside, so that they have their own gradients.
+        return LinearOfGelu.apply(x, self.fc2.weight.to(x.dtype), self.fc2.bias.to(x.dtype))
 
 
 class DropPath(nn.Module):

@@ -69,7 +69,7 @@ class SwinMLPBlock(nn.Module):
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
         x = self.drop_path(x, lambda x: self.spatial_mlp(self.norm1(x)), recompute)
-        return self.drop_path(x, lambda x: self.mlp(self.norm2(x)), recompute)
+        return self.drop_path(x, lambda x: self.mlp(self.norm2(x), recompute), recompute)
 
 
 class SwinMLP(Backbone):

@@ -27,7 +27,7 @@ class SwinTransformerBlock(nn.Module):
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
         x = self.drop_path(x, lambda x: self.attn(self.norm1(x)), recompute)
-        return self.drop_path(x, lambda x: self.mlp(self.norm2(x)), recompute)
+        return self.drop_path(x, lambda x: self.mlp(self.norm2(x), recompute), recompute)
 
 
 class SwinTransformer(Backbone):

@@ -100,7 +100,7 @@ class SwinTransformerV2Block(SwinTransformerBlock):
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
         x = self.drop_path(x, lambda x: self.norm1(self.attn(x)), recompute)
-        return self.drop_path(x, lambda x: self.norm2(self.mlp(x)), recompute)
+        return self.drop_path(x, lambda x: self.norm2(self.mlp(x, recompute)), recompute)
 
 
 class SwinTransformerV2(Backbone):

@@ -18,6 +18,7 @@ from optimizer import Bf16Matrices, build_optimizer
 from utils.checkpoint import read_checkpoint, weights_in
 from utils.dist import Process, first_on_node
 from utils.errors import UserError
+from utils.memory import keep_freed_memory
 from utils.precision import choose_amp_dtype, describe
 from utils.run_folder import hardware
 from utils.saved_run import class_names_in
@@ -33,6 +34,8 @@ def build_learner(config: CfgNode, process: Process, num_classes: int) -> Learne
     What is to be split over the processes stays on the CPU until `prepare_for_speed` splits it: it may be too much for
     one device.
     """
+    if process.device.type == "cpu":
+        keep_freed_memory()
     seed_cpu(config.SEED)
     model = build_model(config, num_classes).to("cpu" if is_split(config, process) else process.device)
     objective = Classification(model, config.MODEL.LABEL_SMOOTHING)
@@ -159,8 +162,9 @@ def compile_in_place(
         log.warning("TRAIN.CUDA_GRAPHS has no effect here: it is for GPUs")
         cuda_graphs = False
     # Each shape is compiled for itself: there are two or three, and code for any shape is slower.
-    packed = {"freezing": True} if fixed_weights and device.type == "cpu" else None
-    model.compile(dynamic=False, mode="reduce-overhead" if cuda_graphs else None, options=packed)
+    model.compile(dynamic=False, mode="reduce-overhead" if cuda_graphs else None)
+    # Asked where gradients are off, when the model is traced: that is later, and before what options= says is heard.
+    torch._inductor.config.freezing = fixed_weights and device.type == "cpu"
     log.info("the model is compiled at its first step, which takes up to minutes; later starts find it in a cache")
     return True
 

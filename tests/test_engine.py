@@ -6,7 +6,9 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import engine
 from engine import Learner, TrainState, evaluate, measure, train
 from objectives import Classification
 from utils.errors import TrainingDiverged
@@ -179,3 +181,26 @@ def test_measure_gives_images_per_second():
     calls = []
     rate = measure(lambda: calls.append(sum(range(1000))), images=10, device=CPU, seconds=0.01, runs=3)
     assert rate > 0 and len(calls) >= 6
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often a number is fetched from a tensor, for which a GPU's queue would have to run empty."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 0.01])
+def test_an_update_waits_for_nothing(clip_grad: float):
+    """Clipping and skipping what is not finite included."""
+    learner = make_learner(clip_grad=clip_grad, accumulation=2)
+    before = weights(learner)
+    with Looks() as looks:
+        first, second = make_batches(2)
+        _, norm = engine._update(learner, first, iter([second]))
+        assert looks.number == 0
+        assert bool(norm > clip_grad) and looks.number == 1  # it does count
+    assert torch.equal(weights(learner), before)  # at a learning rate of zero

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import get_config
 from models import build_model
-from models.layers import DropPath, PatchEmbed
+from models.layers import DropPath, LinearOfGelu, Mlp, PatchEmbed
 from models.swin_transformer import SwinTransformer
 
 
@@ -79,6 +79,33 @@ def test_patch_embedding_is_the_convolution(size: tuple[int, int]):
     images = torch.randn(2, 3, *size, dtype=torch.float64)
     padded = F.pad(images, (0, -size[1] % 4, 0, -size[0] % 4))
     torch.testing.assert_close(embed(images), embed.proj(padded).permute(0, 2, 3, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_linear_of_gelu_has_its_gradients():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 4), (5, 4), (5,)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    torch.testing.assert_close(LinearOfGelu.apply(*inputs), F.linear(F.gelu(inputs[0]), *inputs[1:]))
+    assert torch.autograd.gradcheck(LinearOfGelu.apply, inputs)
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+def test_mlp_holds_less_and_computes_the_same_bits(amp: bool):
+    torch.manual_seed(0)
+    mlp, images, found = Mlp(16, 64), torch.randn(2, 8, 8, 16), []
+    for recompute in (True, False):  # True: all of it written out, for a checkpoint around it
+        held = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.add((x.data_ptr(), x.nbytes)) or x, lambda x: x):
+            x = images.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                out = mlp(x, recompute)
+        mlp.zero_grad()
+        out.float().square().sum().backward()
+        found.append((sum(size for _, size in held), out, x.grad, [parameter.grad for parameter in mlp.parameters()]))
+    (plainly, *expected), (here, *values) = found
+    assert plainly - here == images.numel() * 4 * (2 if amp else 4)  # one map as wide as the hidden layer
+    for one, other in zip([*expected[:2], *expected[2]], [*values[:2], *values[2]], strict=True):
+        assert torch.equal(one, other)
 
 
 class Products(TorchDispatchMode):

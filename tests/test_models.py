@@ -41,7 +41,7 @@ FULL += [("large", 384, 12, None)]
     [*CUTS, *(pytest.param(*case, marks=pytest.mark.slow) for case in FULL)],
 )
 def test_equal_to_timm(size: str, img_size: int, window: int, depths: tuple[int, ...] | None):
-    """Train mode, both ways of attention, with and without checkpointing: logits, and every gradient."""
+    """Train mode, all ways of attention, with and without checkpointing: logits, and every gradient."""
     arguments = architecture(size, img_size, window, depths)
     timm_model = timm_swin(**arguments).train()
     images = torch.randn(1, 3, img_size, img_size, generator=torch.Generator().manual_seed(1))
@@ -49,7 +49,7 @@ def test_equal_to_timm(size: str, img_size: int, window: int, depths: tuple[int,
     expected_gradients = {name_here(name): gradient for name, gradient in timm_gradients.items()}
     model = SwinTransformer(num_classes=10, drop_path_rate=0.0, **arguments).train()
     model.load_state_dict(from_timm(timm_model), strict=True)
-    for attn, use_checkpoint in (("reference", False), ("sdpa", True)):
+    for attn, use_checkpoint in (("reference", False), ("sdpa", True), ("native", False)):
         for stage in model.layers:
             stage.use_checkpoint = use_checkpoint
             for block in stage.blocks:

@@ -3,6 +3,7 @@ GPU.
 """
 
 import csv
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import footprint, step
+from benchmarks.apart import Apart
 from benchmarks.footprint import Ledger
 
 ROOT = Path(__file__).parent.parent
@@ -53,12 +55,26 @@ def test_table_grows_from_run_to_run(
     assert "here skip, eager" in capsys.readouterr().out
 
 
+def touch(folder: Path) -> tuple[step.Step, int]:
+    """A step that leaves the number of its process in `folder`."""
+    return lambda: (folder / str(os.getpid())).touch(), os.getpid()
+
+
+def test_apart_a_step_runs_where_it_was_built(tmp_path: Path):
+    apart = Apart(touch, tmp_path)
+    apart()
+    apart()
+    apart.close()
+    assert apart.known != os.getpid() and [file.name for file in tmp_path.iterdir()] == [str(apart.known)]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--models swin_huge", "--models swin_huge: there is no configs/swin_huge.yaml"),
         ("--turns 0", "--turns count from 1"),
         ("--device cpu --ways graphs", "CUDA graphs need a GPU"),
+        ("--device cpu --ways tuned", "give it --apart"),
         ("--write table.txt", "ends in .md"),
         ("--variant broken NO.SUCH_KEY 1 --device cpu --turns 1", "NO.SUCH_KEY"),
     ],
