@@ -89,22 +89,25 @@ def test_linear_of_gelu_has_its_gradients():
     assert torch.autograd.gradcheck(LinearOfGelu.apply, inputs)
 
 
+def held_and_found(mlp: Mlp, images: torch.Tensor, amp: bool, recompute: bool) -> tuple[int, list[torch.Tensor]]:
+    """Bytes that the forward pass keeps; its output and all gradients."""
+    held, x = set(), images.clone().requires_grad_()
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: held.add((x.data_ptr(), x.nbytes)) or x, lambda x: x)
+    with keep, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        out = mlp(x, recompute)
+    mlp.zero_grad()
+    out.float().square().sum().backward()
+    return sum(size for _, size in held), [out, x.grad, *(parameter.grad for parameter in mlp.parameters())]
+
+
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
 def test_mlp_holds_less_and_computes_the_same_bits(amp: bool):
     torch.manual_seed(0)
-    mlp, images, found = Mlp(16, 64), torch.randn(2, 8, 8, 16), []
-    for recompute in (True, False):  # True: all of it written out, for a checkpoint around it
-        held = set()
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.add((x.data_ptr(), x.nbytes)) or x, lambda x: x):
-            x = images.clone().requires_grad_()
-            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                out = mlp(x, recompute)
-        mlp.zero_grad()
-        out.float().square().sum().backward()
-        found.append((sum(size for _, size in held), out, x.grad, [parameter.grad for parameter in mlp.parameters()]))
-    (plainly, *expected), (here, *values) = found
-    assert plainly - here == images.numel() * 4 * (2 if amp else 4)  # one map as wide as the hidden layer
-    for one, other in zip([*expected[:2], *expected[2]], [*values[:2], *values[2]], strict=True):
+    mlp, images = Mlp(16, 64), torch.randn(2, 8, 8, 16)
+    less, found = held_and_found(mlp, images, amp, recompute=False)
+    plainly, expected = held_and_found(mlp, images, amp, recompute=True)  # written out: for a checkpoint around it
+    assert plainly - less == images.numel() * 4 * (2 if amp else 4)  # one map as wide as the hidden layer
+    for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
 
