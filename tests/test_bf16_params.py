@@ -1,6 +1,11 @@
 """Bfloat16 matrices with float32 masters: what learns, what is saved, and that a resumed run has the same bits."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ from modes.learner import build_learner, prepare_for_speed
 from utils.dist import Process
 from utils.errors import UserError
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 ALONE = Process(0, 1, 0, 1, CPU)
 OPTS = "DATA.IMG_SIZE 32 " + " ".join(
@@ -117,3 +123,31 @@ def test_cosine_attention_too():
 def test_other_types_are_refused(name: str):
     with pytest.raises(UserError, match=f"TRAIN.BF16_PARAMS.*{name}.*AMP_DTYPE bfloat16"):
         make(True, more=f"AMP_DTYPE {name}")
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path):
+    """They sum gradients in bfloat16: the losses are those without the key, but for that; continued, the same bits."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py"]
+    launch += ["--cfg", "configs/demo.yaml", "--data-path", str(tmp_path / "digits"), "--output", str(tmp_path)]
+    opts = "TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 1 SAVE_FREQ 1 DATA.NUM_WORKERS 0 AMP_DTYPE bfloat16 TRAIN.BF16_PARAMS"
+    alone = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+    def run(tag: str, bf16: bool, *words: str) -> dict:
+        command = [*launch, "--tag", tag, *words, "--opts", *opts.split(), str(bf16)]
+        subprocess.run(command, check=True, cwd=ROOT, env=alone, timeout=280)
+        return torch.load(tmp_path / "demo" / tag / "checkpoints" / "last.pth", weights_only=True)
+
+    def losses(tag: str) -> list[float]:
+        """Of the first updates: later on roundings have grown."""
+        lines = (tmp_path / "demo" / tag / "metrics.jsonl").read_text().splitlines()[:3]
+        return [json.loads(line)["loss"] for line in lines]
+
+    through = run("through", True)
+    again = run("again", True, "--resume", str(tmp_path / "demo" / "through" / "checkpoints" / "epoch_0001.pth"))
+    assert_same(again["model"], through["model"])
+    assert_same(again["optimizer"]["state"], through["optimizer"]["state"])
+    assert {value.dtype for value in through["model"].values()} == {torch.float32}
+    run("plain", False)
+    assert losses("through") == pytest.approx(losses("plain"), rel=1e-3)
+    assert losses("through") != losses("plain")
