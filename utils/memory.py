@@ -17,7 +17,7 @@ def keep_freed_memory() -> bool:
         Whether the C library could be told: glibc can, others are left as they are.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
+        mallopt = ctypes.pythonapi.mallopt  # of the C library that Python runs on: nothing is loaded
+    except AttributeError:
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
