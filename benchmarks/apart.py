@@ -23,7 +23,11 @@ class Apart:
 
     def __init__(self, begin: Callable[..., tuple[Step, object]], *arguments: object):
         self._process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        self.known = self._process.submit(_begin, begin, arguments).result()
+        try:
+            self.known = self._process.submit(_begin, begin, arguments).result()
+        except BaseException:
+            self.close()  # what it holds of the machine is for others now
+            raise
 
     def __call__(self) -> None:
         self._process.submit(_run).result()

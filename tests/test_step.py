@@ -60,6 +60,18 @@ def touch(folder: Path) -> tuple[step.Step, int]:
     return lambda: (folder / str(os.getpid())).touch(), os.getpid()
 
 
+def fail(folder: Path) -> tuple[step.Step, int]:
+    (folder / str(os.getpid())).touch()
+    raise torch.OutOfMemoryError("too much")
+
+
+def test_apart_a_step_that_cannot_be_built_leaves_no_process(tmp_path: Path):
+    with pytest.raises(torch.OutOfMemoryError, match="too much"):
+        Apart(fail, tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert not Path("/proc", file.name).exists()
+
+
 def test_apart_a_step_runs_where_it_was_built(tmp_path: Path):
     apart = Apart(touch, tmp_path)
     apart()
