@@ -12,18 +12,18 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from utils.config_merge import Kind, Override, UnknownKey, flatten, merge, pair_up, read_files, read_text, to_yaml
-from utils.config_rules import (
-    BOOKKEEPING,
+from utils.config.merge import KeyType, Override, UnknownKey, flatten, merge, parse_opts, read_files, read_text, to_yaml
+from utils.config.rules import (
+    BITWISE_EQUIVALENT,
     CHOICES,
     NO_EFFECT,
     NO_EFFECT_FOR,
-    NOT_YET,
-    SAME_RESULT,
+    NON_SEMANTIC_KEYS,
     SECTIONS,
+    UNSUPPORTED,
     check_each,
-    contradictions,
-    refuse_not_yet,
+    refuse_unsupported,
+    validate_combinations,
 )
 from utils.errors import UserError
 
@@ -152,7 +152,7 @@ _C.AUG.MIXUP_MODE = "batch"  # one draw for each: batch | pair | elem
 
 _C.TEST = CfgNode()
 _C.TEST.CROP = True  # PROTOCOL original: resize to 256/224 of IMG_SIZE and crop the centre; False: resize to IMG_SIZE
-_C.TEST.PROTOCOL = "auto"  # who prepares test images: original | timm | torchvision | hf | auto (the weights' origin)
+_C.TEST.PRESET = "auto"  # who prepares test images: original | timm | torchvision | hf | auto (the weights' origin)
 _C.TEST.SEQUENTIAL = False  # no effect (see NO_EFFECT)
 _C.TEST.SHUFFLE = False  # no effect (see NO_EFFECT)
 
@@ -173,10 +173,10 @@ _C.FUSED_WINDOW_PROCESS = False  # no effect (see NO_EFFECT)
 _C.FUSED_LAYERNORM = False  # no effect (see NO_EFFECT)
 
 # What each key takes: what its default is, except where the default does not say.
-SCHEMA = {key: Kind.of(default) for key, default in flatten(_C).items() if default not in (None, [])} | {
-    "MODEL.SWIN.QK_SCALE": Kind(float, optional=True),
-    "AUG.CUTMIX_MINMAX": Kind(float, list, optional=True),
-    "TRAIN.LR_SCHEDULER.MULTISTEPS": Kind(int, list),
+SCHEMA = {key: KeyType.of(default) for key, default in flatten(_C).items() if default not in (None, [])} | {
+    "MODEL.SWIN.QK_SCALE": KeyType(float, optional=True),
+    "AUG.CUTMIX_MINMAX": KeyType(float, list, optional=True),
+    "TRAIN.LR_SCHEDULER.MULTISTEPS": KeyType(int, list),
 }
 
 
@@ -197,21 +197,21 @@ def get_config(cfg_file: str | Path | None, opts: Sequence[object] = (), flags: 
     config = _C.clone()
     try:
         given = read_files(cfg_file, SCHEMA) if cfg_file is not None else []
-        given = _without_old_names([*given, *flags, *pair_up(opts)])
+        given = _translate_deprecated([*given, *flags, *parse_opts(opts)])
         origins = merge(config, given, SCHEMA)
     except UnknownKey as error:
-        for key, what in NOT_YET.items():
+        for key, what in UNSUPPORTED.items():
             if f"{error.key}.".startswith(f"{key}."):
-                refuse_not_yet(key, error.origin, what)
+                refuse_unsupported(key, error.origin, what)
         raise
     check_each(flatten(config), origins)
-    _fill_in(config, origins)
+    _infer_unset(config, origins)
     values = flatten(config)
     said = {key: f"{key} {value!r} ({origins.get(key, 'default')})" for key, value in values.items()}
-    wrong = list(contradictions(config, said.__getitem__))
+    wrong = list(validate_combinations(config, said.__getitem__))
     if wrong:
         raise UserError("\n".join(wrong))
-    _say_no_effect(values, origins)
+    _log_no_effect(values, origins)
     config.freeze()
     return config
 
@@ -231,18 +231,18 @@ def parse(text: str, origin: str) -> CfgNode:
 
 
 def differences(old: CfgNode, new: CfgNode) -> list[tuple[str, object, object]]:
-    """(key, old value, new value) wherever two configs would compute something different; see BOOKKEEPING."""
+    """(key, old value, new value) wherever two configs would compute something different; see NON_SEMANTIC_KEYS."""
     old_values, new_values = flatten(old), flatten(new)
     return [
         (key, old_values[key], new_values[key])
         for key in SCHEMA
-        if key not in BOOKKEEPING
+        if key not in NON_SEMANTIC_KEYS
         and old_values[key] != new_values[key]
-        and not {str(old_values[key]), str(new_values[key])} <= SAME_RESULT.get(key, frozenset())
+        and not {str(old_values[key]), str(new_values[key])} <= BITWISE_EQUIVALENT.get(key, frozenset())
     ]
 
 
-def _without_old_names(given: Sequence[Override]) -> list[Override]:
+def _translate_deprecated(given: Sequence[Override]) -> list[Override]:
     """Translates the original's two other ways to say AMP_ENABLE, saying so once for each."""
     translated, warned = [], set()
     for override in given:
@@ -266,7 +266,7 @@ def _without_old_names(given: Sequence[Override]) -> list[Override]:
     return translated
 
 
-def _fill_in(config: CfgNode, origins: dict[str, str]) -> None:
+def _infer_unset(config: CfgNode, origins: dict[str, str]) -> None:
     """Sets what nobody gave and what follows from other keys, one line for each: so it stands in the saved config."""
     follows: dict[str, tuple[object, str]] = {}
     if config.DATA.DATASET == "imagenet22K":
@@ -297,7 +297,7 @@ def _from_timm(name: str, origin: str) -> dict[str, object]:
     return images
 
 
-def _say_no_effect(values: dict[str, object], origins: dict[str, str]) -> None:
+def _log_no_effect(values: dict[str, object], origins: dict[str, str]) -> None:
     """One line for each key without effect that somebody changed, or typed as a flag."""
     defaults, kind = flatten(_C), values["MODEL.TYPE"]
     for key, why in (NO_EFFECT | NO_EFFECT_FOR.get(kind, {})).items():

@@ -30,17 +30,17 @@ from collections.abc import Sequence
 from yacs.config import CfgNode
 
 from config import get_config
-from utils import logger
-from utils.command import mendable
-from utils.config_merge import Override, nearest, pair_up
+from utils.cli import as_user_error
+from utils.config.merge import Override, nearest, parse_opts
 from utils.errors import LostProcess, UserError
+from utils.tracking import logger
 
 # By then torchrun has ended the processes that would only repeat what rank 0 said.
-SECONDS_BEFORE_OTHER_RANKS_SPEAK = 5
+OTHER_RANKS_DELAY_SECONDS = 5
 
 LESS_MEMORY = (
     "a smaller --batch-size with as many --accumulation-steps more (the same global batch), or --use-checkpoint; with "
-    "--accept-changes where a run is continued"
+    "--allow-config-change where a run is continued"
 )
 
 
@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--output", metavar="DIR", key="OUTPUT", help="folder of all runs")
     flag("--tag", metavar="NAME", key="TAG", help="name of this run beside others of the same model")
     group.add_argument(
-        "--accept-changes", action="store_true",
+        "--allow-config-change", action="store_true",
         help="continue in a folder although the configuration differs from that of its run (sets no key)",
     )  # fmt: skip
 
@@ -121,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_command_line(argv: Sequence[str]) -> tuple[CfgNode, argparse.Namespace]:
-    """The frozen configuration, and the arguments that are no keys of it (`cfg`, `accept_changes`).
+    """The frozen configuration, and the arguments that are no keys of it (`cfg`, `allow_config_change`).
 
     Raises:
         UserError: unknown or incomplete flag, --resume beside --pretrained, or anything `config.get_config` refuses.
@@ -132,7 +132,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[CfgNode, argparse.Namespace
         _refuse_argument(unknown[0], parser)
     if not args.cfg:
         raise UserError("--cfg FILE is missing: name a recipe, such as --cfg configs/swin_tiny.yaml (see --help).")
-    given = {override.key: override for override in [*args.flags, *pair_up(args.opts)]}
+    given = {override.key: override for override in [*args.flags, *parse_opts(args.opts)]}
     pretrained, resume = given.get("MODEL.PRETRAINED"), given.get("MODEL.RESUME")
     if pretrained and pretrained.value and resume and resume.value:
         raise UserError(
@@ -146,21 +146,21 @@ def parse_command_line(argv: Sequence[str]) -> tuple[CfgNode, argparse.Namespace
     return get_config(args.cfg, args.opts, flags), args
 
 
-def run(config: CfgNode, accept_changes: bool) -> None:
+def run(config: CfgNode, allow_config_change: bool) -> None:
     """Joins the other processes of the run and does what the configuration asks for."""
-    import modes
-    from utils.dist import process_group
+    from engine import evaluation, throughput, trainer
+    from utils.distributed.process_group import process_group
 
     try:
-        with process_group(config.TIMEOUT) as process:
+        with process_group(config.TIMEOUT) as dist_info:
             if config.THROUGHPUT_MODE:
-                modes.throughput(config, process)
+                throughput.throughput(config, dist_info)
             elif config.EVAL_MODE:
-                modes.evaluate(config, process)
+                evaluation.evaluate(config, dist_info)
             else:
-                modes.train(config, process, accept_changes)
+                trainer.train(config, dist_info, allow_config_change)
     except (MemoryError, RuntimeError, OSError) as error:
-        said = mendable(error, LESS_MEMORY)
+        said = as_user_error(error, LESS_MEMORY)
         if said is None:
             raise
         raise said from error
@@ -173,11 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.set_up(int(_rank()))
     try:
         config, args = parse_command_line(sys.argv[1:] if argv is None else argv)
-        run(config, args.accept_changes)
+        run(config, args.allow_config_change)
         return 0
     except UserError as error:
         if _rank() != "0" and not isinstance(error, LostProcess):  # rank 0 may be the one that is lost
-            time.sleep(SECONDS_BEFORE_OTHER_RANKS_SPEAK)
+            time.sleep(OTHER_RANKS_DELAY_SECONDS)
         print(f"error{'' if _rank() == '0' else f' (rank {_rank()})'}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

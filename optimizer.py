@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def names_of_matrices(model: nn.Module) -> set[str]:
+def decayed_parameter_names(model: nn.Module) -> set[str]:
     """The parameters that are factors of matrix products: those that decay, and those that autocast would cast."""
     exempt = model.no_weight_decay()
     return {
@@ -21,11 +21,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
     Vectors (norms, biases) and the parameters whose names contain one of `model.no_weight_decay()` (bias tables,
     absolute embeddings) do not decay. With `layer_decay` below 1 the rate of depth i of n is scaled by
-    layer_decay^(n - 1 - i), as in BEiT and SimMIM fine-tuning; `model.layer_depth(name)` says the depth.
+    layer_decay^(n - 1 - i), as in BEiT and SimMIM fine-tuning; `model.get_layer_id(name)` says the depth.
 
     Each group carries `lr_scale`, which the loop multiplies with the schedule's learning rate.
     """
-    matrices = names_of_matrices(model)
+    matrices = decayed_parameter_names(model)
     groups: dict[tuple[float, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -33,7 +33,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
         decays = name in matrices
         scale = 1.0
         if layer_decay != 1.0:
-            scale = layer_decay ** (model.num_layer_depths - 1 - model.layer_depth(name))
+            scale = layer_decay ** (model.num_layer_ids - 1 - model.get_layer_id(name))
         group = groups.setdefault(
             (scale, decays),
             {"params": [], "names": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale},
@@ -61,7 +61,7 @@ def build_optimizer(config, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-class Bf16Matrices:
+class Bf16Params:
     """Puts bfloat16 matrices into `model` to compute with. Those that were there, in float32, stay with the optimizer:
     they learn, and they are what `model.state_dict()` gives, so that checkpoints and averages are those of float32.
 
@@ -72,24 +72,24 @@ class Bf16Matrices:
 
     def __init__(self, model: nn.Module):
         self.masters: dict[str, nn.Parameter] = {}
-        self.halves: list[nn.Parameter] = []
-        matrices = names_of_matrices(model)
+        self.bf16_params: list[nn.Parameter] = []
+        matrices = decayed_parameter_names(model)
         for name, master in list(model.named_parameters()):
             if name in matrices and master.requires_grad:
                 half = nn.Parameter(master.detach().to(torch.bfloat16))
                 owner, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(owner), attribute, half)
                 self.masters[name] = master
-                self.halves.append(half)
+                self.bf16_params.append(half)
 
         def save_masters(module: nn.Module, state: dict, prefix: str, _: object) -> None:
             state.update({prefix + name: master.detach() for name, master in self.masters.items()})
 
         model.register_state_dict_post_hook(save_masters)
 
-    def collect(self) -> None:
+    def accumulate_master_grads(self) -> None:
         """Adds the gradients of a micro-batch to those of the masters, in float32."""
-        for master, half in zip(self.masters.values(), self.halves, strict=True):
+        for master, half in zip(self.masters.values(), self.bf16_params, strict=True):
             if half.grad is None:
                 continue
             if master.grad is None:
@@ -99,6 +99,6 @@ class Bf16Matrices:
             half.grad = None
 
     @torch.no_grad()
-    def hand_out(self) -> None:
+    def copy_masters_to_model(self) -> None:
         """Gives the model what was learnt."""
-        torch._foreach_copy_(self.halves, list(self.masters.values()))
+        torch._foreach_copy_(self.bf16_params, list(self.masters.values()))

@@ -8,7 +8,7 @@ from torch import nn
 from benchmarks.paper import TABLE7, TABLE7_STAGES
 from benchmarks.runs import ROOT
 from config import get_config
-from models import build_model
+from models.build import build_model
 from utils.table import Column, Table
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import WindowAttention
-from models.window import MASKED, ShiftedWindows, padded_length, partition, window_grid
+from models.ops.window import MASKED, ShiftedWindows, padded_length, window_grid, window_partition
 
 
 class PaddedWindows(ShiftedWindows):
@@ -41,7 +41,7 @@ class PaddedWindows(ShiftedWindows):
         if not (top or bottom or left or right):
             return None
         real = F.pad(torch.ones(1, height, width, 1, device=device), (0, 0, left, right, top, bottom))
-        real = partition(real, self.window)[0, :, :, 0]  # (nW, N)
+        real = window_partition(real, self.window)[0, :, :, 0]  # (nW, N)
         apart = real[:, :, None] != real[:, None, :]
         return torch.zeros(apart.shape, device=device).masked_fill(apart, MASKED)
 

@@ -25,9 +25,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.libraries import LIBRARIES, Logits, section_of
 from config import get_config
-from models import build_model, ops
+from models.build import build_model
+from models.ops import dispatch as ops
+from models.other_libraries import LIBRARIES, Logits, section_of
 from utils.errors import UserError
 from utils.table import Column, Table, circumstances
 
@@ -113,7 +114,7 @@ def forward(model: nn.Module, batch_size: int, img_size: int) -> tuple[int, Coun
         torch.set_autocast_enabled("cuda", True)  # torch.autocast would look for the GPU
         try:
             # The Triton kernels are counted as on a GPU that they run on: nobody can ask one here.
-            with mock.patch.dict(ops.WHY_NOT, triton=lambda case: ""), Ledger() as ledger, FusedAttention():
+            with mock.patch.dict(ops.UNSUPPORTED_REASON, triton=lambda case: ""), Ledger() as ledger, FusedAttention():
                 out = functional_call(model.train(), tensors, (images,))
             torch.clear_autocast_cache()
             held = ledger.live
@@ -125,7 +126,9 @@ def forward(model: nn.Module, batch_size: int, img_size: int) -> tuple[int, Coun
     return held, ledger.moved
 
 
-def make(models: Sequence[str], batch_size: int, variants: dict[str, list[str]], libraries: Sequence[str]) -> Table:
+def make(
+    models: Sequence[str], batch_size: int, variants: dict[str, list[str]], other_libraries: Sequence[str]
+) -> Table:
     """A row for each variant of each recipe here, and for each library that has it."""
     columns = [
         Column("model"), Column("implementation"), Column("held, MB an image", ".1f"), Column("over the least", ".2f"),
@@ -138,11 +141,11 @@ def make(models: Sequence[str], batch_size: int, variants: dict[str, list[str]],
             raise UserError(f"--models {name}: there is no configs/{name}.yaml; ls configs/ shows what there is")
         config = get_config(path)
         built = {variant: build_model(get_config(path, opts), CLASSES) for variant, opts in variants.items()}
-        built |= {library: LIBRARIES[library](config, section_of(config), CLASSES) for library in libraries}
+        built |= {library: LIBRARIES[library](config, section_of(config), CLASSES) for library in other_libraries}
         counted = {
             key: forward(Logits(model), batch_size, config.DATA.IMG_SIZE) for key, model in built.items() if model
         }
-        least = min((held for key, (held, _) in counted.items() if key in libraries), default=None)
+        least = min((held for key, (held, _) in counted.items() if key in other_libraries), default=None)
         for key, (held, moved) in counted.items():
             most = [f"{what.rpartition(':')[2]} {size / batch_size / 1e6:.0f}" for what, size in moved.most_common(6)]
             held, total = held / batch_size / 1e6, sum(moved.values()) / batch_size / 1e6
@@ -165,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         variants = {"here": []} | {f"here {name}": opts for name, *opts in args.variant}
-        table = make(args.models, args.batch_size, variants, args.libraries)
+        table = make(args.models, args.batch_size, variants, args.other_libraries)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -53,7 +53,7 @@ if [ "$device" = cuda ]; then
 else
     tiny=(--models demo --batch-sizes 2 --seconds 0.05 --turns 1)
     table="$folder/step_cpu.md" large=("${tiny[@]}") small=("${tiny[@]}") memory=("${tiny[@]}") graphs=(eager) first=2
-    demo=(TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0) tests=(tests/test_floors.py)
+    demo=(TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0) tests=(tests/test_layering.py)
 fi
 main=("$python" main.py --cfg configs/swin_tiny.yaml)
 [ "$device" = cuda ] || main=("$python" main.py --cfg configs/demo.yaml)

@@ -37,12 +37,12 @@ from benchmarks.loader_pipelines import (
     torchvision_train,
 )
 from benchmarks.loader_stages import stages
-from benchmarks.loader_system import fed, memory, scaling, start, waiting
+from benchmarks.loader_system import memory, scaling, start, train_throughput, waiting
 from benchmarks.throughput import ratio
-from data.native import library
+from data.native.library import library
+from utils.compile_native import CannotBuild
 from utils.errors import UserError
 from utils.files import write_text
-from utils.native import CannotBuild
 from utils.table import Column, Table, circumstances
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def measure(args: argparse.Namespace) -> list[Table]:
             "memory": lambda: [memory(root, args.batch_size, args.workers)],
             "start": lambda: [start(images[0], args.batch_size, args.workers, min(args.rounds, 3))],
             "waiting": lambda: [waiting(images[:64], args.workers)],
-            "device": lambda: [fed(root, backends, args.workers)] if torch.cuda.is_available() else [],
+            "device": lambda: [train_throughput(root, backends, args.workers)] if torch.cuda.is_available() else [],
         }
         for part in args.only:
             log.info("measuring %s", part)

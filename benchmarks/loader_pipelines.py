@@ -19,16 +19,16 @@ from torchvision.transforms import InterpolationMode, v2
 
 from config import get_config
 from data.build import TrainBatches, build_datasets, val_batches
-from data.datasets import Images
-from data.transforms import eval_transform
-from utils.dist import Process
+from data.datasets.base import Images
+from data.transforms.reference import eval_transform
+from utils.distributed.process_group import DistInfo
 
 log = logging.getLogger(__name__)
 
 SIZE = 224
 POLICY, ERASING = "rand-m9-mstd0.5-inc1", 0.25
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PROCESS = Process(0, 1, 0, 1, torch.device("cpu"))
+PROCESS = DistInfo.single(torch.device("cpu"))
 ENDLESS = 10**6  # batches
 
 Batches = contextlib.AbstractContextManager[Iterator[object]]
@@ -52,7 +52,7 @@ def of_dataloader(loader: DataLoader) -> Iterator[Iterator[object]]:
             batches._shutdown_workers()
 
 
-class Again:
+class InfiniteSampler:
     """A sampler: the indices of an epoch in random order, again and again."""
 
     def __init__(self, n: int):
@@ -74,12 +74,12 @@ def original_train(root: Path, batch_size: int, workers: int) -> Batches:
         interpolation="bicubic",
     )  # fmt: skip
     images = ImageFolder(str(root / "train"), transform)
-    return of_dataloader(DataLoader(images, batch_size, sampler=Again(len(images)), num_workers=workers))
+    return of_dataloader(DataLoader(images, batch_size, sampler=InfiniteSampler(len(images)), num_workers=workers))
 
 
 def original_eval(root: Path, batch_size: int, workers: int) -> Batches:
     images = ImageFolder(str(root / "val"), eval_transform(SIZE, True, "bicubic"))
-    return of_dataloader(DataLoader(images, batch_size, sampler=Again(len(images)), num_workers=workers))
+    return of_dataloader(DataLoader(images, batch_size, sampler=InfiniteSampler(len(images)), num_workers=workers))
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def timm_train(root: Path, batch_size: int, workers: int) -> Iterator[Iterator[o
         pin_memory=False, device=torch.device("cpu"), persistent_workers=False,
     )  # fmt: skip
     inner = loader.loader
-    loader.loader = DataLoader(images, batch_size, sampler=Again(len(images)), num_workers=workers,
+    loader.loader = DataLoader(images, batch_size, sampler=InfiniteSampler(len(images)), num_workers=workers,
                                collate_fn=inner.collate_fn)  # fmt: skip
     with of_dataloader(loader.loader) as batches:
         loader.loader = batches
@@ -123,7 +123,7 @@ class TensorImages(torch.utils.data.Dataset):
 
 def torchvision_train(root: Path, batch_size: int, workers: int) -> Batches:
     images = TensorImages(root)
-    return of_dataloader(DataLoader(images, batch_size, sampler=Again(len(images)), num_workers=workers))
+    return of_dataloader(DataLoader(images, batch_size, sampler=InfiniteSampler(len(images)), num_workers=workers))
 
 
 def own_config(root: Path, batch_size: int, workers: int, backend: str, *opts: object):
@@ -179,7 +179,7 @@ class Running:
     worker: int  # process id
     costs: list[float] = field(default_factory=list)  # seconds of processor time for an image, in each turn
 
-    def settle(self) -> float:
+    def cpu_seconds_used(self) -> float:
         """Waits until the worker has nothing to do. Returns the processor time used so far, this process's included."""
         before = -1.0
         while before != (now := cpu_seconds(self.worker)) or not self.sleeps():
@@ -192,16 +192,14 @@ class Running:
 
     def turn(self, batches: int, batch_size: int) -> None:
         """Takes `batches` and lets the worker make as many new ones."""
-        begun_here, begun_there = time.process_time(), self.settle()
+        begun_here, begun_there = time.process_time(), self.cpu_seconds_used()
         for _ in range(batches):
             next(self.batches)
-        used = time.process_time() - begun_here + self.settle() - begun_there
+        used = time.process_time() - begun_here + self.cpu_seconds_used() - begun_there
         self.costs.append(used / (batches * batch_size))
 
 
-def compare(
-    pipelines: dict[str, Opening], batch_size: int, batches: int, rounds: int
-) -> dict[str, list[float]]:
+def compare(pipelines: dict[str, Opening], batch_size: int, batches: int, rounds: int) -> dict[str, list[float]]:
     """Images per second of processor time of each of `pipelines`, in each of `rounds` rounds of turns."""
     with ExitStack() as stack:
         running = []

@@ -20,10 +20,10 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 
 from benchmarks.loader_pipelines import MEAN, POLICY, SIZE, STD
-from data.decode import decode
-from data.fast import FastAugment, Normalise
-from data.pixels import Job, make
-from data.tiled_jpeg import TiledJpeg, encode
+from data.codecs.crop_decode import CropResizeParams, decode_crop_resize
+from data.codecs.pillow_decode import decode
+from data.codecs.tiled_jpeg import TiledJpeg, encode
+from data.transforms.native_transforms import NativeAugment, Normalise
 from utils.seed import derive, seed_cpu
 from utils.table import Column, Table
 
@@ -154,17 +154,19 @@ def native_stages(
     whole = [np.array(picture) for picture in pictures]
     fill = tuple(round(255 * value) for value in MEAN)
     options = {"translate_const": int(0.45 * SIZE), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
-    policy = FastAugment(rand_augment_transform(POLICY, options))
+    policy = NativeAugment(rand_augment_transform(POLICY, options))
     normalise = Normalise(MEAN, STD)
 
-    def job(i: int) -> Job:
+    def job(i: int) -> CropResizeParams:
         top, left, height, width = boxes[i]
-        return Job(left, top, width, height, SIZE, SIZE, 0, 0, SIZE, SIZE, 1, 0)
+        return CropResizeParams(left, top, width, height, SIZE, SIZE, 0, 0, SIZE, SIZE, 1, 0)
 
     return {
-        ("decode, crop and resize", here): lambda i: make(images[i], "", lambda width, height: job(i)),
-        ("decode, crop and resize", f"{here}, tiles (packed)"): lambda i: make(tiled[i], "", lambda w, h: job(i)),
-        ("crop and resize, bicubic", here): lambda i: make(whole[i], "", lambda width, height: job(i)),
+        ("decode, crop and resize", here): lambda i: decode_crop_resize(images[i], "", lambda width, height: job(i)),
+        ("decode, crop and resize", f"{here}, tiles (packed)"): lambda i: decode_crop_resize(
+            tiled[i], "", lambda w, h: job(i)
+        ),
+        ("crop and resize, bicubic", here): lambda i: decode_crop_resize(whole[i], "", lambda width, height: job(i)),
         ("RandAugment", here): lambda i: policy(arrays[i].copy()),
         ("to tensor and normalise", here): lambda i: normalise(arrays[i]),
     }

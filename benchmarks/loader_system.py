@@ -19,23 +19,23 @@ import numpy as np
 import torch
 from yacs.config import CfgNode
 
-import engine
 from benchmarks.loader_pipelines import PROCESS, Opening, cpu_seconds, own_config
 from benchmarks.pictures import write_folder
 from benchmarks.runs import ROOT, run_main
 from config import get_config
 from data.build import Data, TrainBatches, build_datasets
-from data.datasets import FolderImages
-from data.device_augment import timed
-from data.fast import prepare_train
-from data.index import Index, Strings, cached
-from data.sampler import epoch_permutation
-from data.transforms import train_transform
-from engine import Learner, TrainState
-from modes.learner import build_learner
-from utils.dist import Process
-from utils.run_folder import hardware
+from data.datasets.base import FolderImages
+from data.datasets.index import Index, Strings, cached
+from data.loader.sampler import epoch_permutation
+from data.transforms.gpu_augment import timed
+from data.transforms.native_transforms import prepare_train
+from data.transforms.reference import train_transform
+from engine import train_step
+from engine.setup import build_components
+from engine.train_step import TrainComponents, TrainState
+from utils.distributed.process_group import DistInfo
 from utils.table import Column, Table
+from utils.tracking.run_dir import hardware
 
 log = logging.getLogger(__name__)
 
@@ -199,10 +199,10 @@ def waiting(images: list[bytes], workers: int) -> Table:
     return table
 
 
-def fed(root: Path, backends: Sequence[str], workers: int, updates: int = 40, *opts: object) -> Table:
+def train_throughput(root: Path, backends: Sequence[str], workers: int, updates: int = 40, *opts: object) -> Table:
     """Swin-T trained on the device from files, beside the same steps on one batch that is there already."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    process = Process(0, 1, 0, 1, device)
+    dist_info = DistInfo.single(device)
     columns = [
         Column("backend"), Column("images/s, fed from files", ".0f"), Column("images/s, one batch again", ".0f"),
         Column("device idle for want of data", ".1%"), Column("waiting for data", ".2%"),
@@ -213,15 +213,15 @@ def fed(root: Path, backends: Sequence[str], workers: int, updates: int = 40, *o
         words = ["DATA.DATA_PATH", str(root), "DATA.NUM_WORKERS", workers, "DATA.BACKEND", backend]
         config = get_config(SWIN_TINY, [*words, "MODEL.NUM_CLASSES", 0, *opts])
         batch_size = config.DATA.BATCH_SIZE
-        data = build_datasets(config, process)
-        learner = build_learner(config, process, data.num_classes)
-        batches = TrainBatches(config, data, process, 0, 10**6 * batch_size)
+        data = build_datasets(config, dist_info)
+        components = build_components(config, dist_info, data.num_classes)
+        batches = TrainBatches(config, data, dist_info, 0, 10**6 * batch_size)
         stream = iter(batches)
         kept = next(stream)
         waited_for = partial(getattr, batches, "wait_seconds")
-        seconds, waited = _seconds_for_update(learner, stream, updates, batch_size, waited_for)
+        seconds, waited = _seconds_for_update(components, stream, updates, batch_size, waited_for)
         kept = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in kept.items()}
-        again, _ = _seconds_for_update(learner, itertools.repeat(kept), updates, batch_size, lambda: 0.0)
+        again, _ = _seconds_for_update(components, itertools.repeat(kept), updates, batch_size, lambda: 0.0)
         stream.close()
         part = _augmentation_seconds(config, device) if backend == "device" else None
         table.rows.append([
@@ -232,13 +232,13 @@ def fed(root: Path, backends: Sequence[str], workers: int, updates: int = 40, *o
 
 
 def _seconds_for_update(
-    learner: Learner, stream: Iterator[dict], updates: int, batch_size: int, waited: Callable[[], float]
+    components: TrainComponents, stream: Iterator[dict], updates: int, batch_size: int, waited: Callable[[], float]
 ) -> tuple[float, float]:
     """Seconds for an update, and those of them spent waiting for data."""
-    steps = engine.train(learner, stream, TrainState(), lambda update: 1e-6, batch_size)
-    engine.seconds_for(lambda: next(steps), 5, learner.device)
+    steps = train_step.train(components, stream, TrainState(), lambda update: 1e-6, batch_size)
+    train_step.seconds_for(lambda: next(steps), 5, components.device)
     before = waited()
-    seconds = engine.seconds_for(lambda: next(steps), updates, learner.device)
+    seconds = train_step.seconds_for(lambda: next(steps), updates, components.device)
     return seconds / updates, (waited() - before) / updates
 
 
@@ -250,4 +250,4 @@ def _augmentation_seconds(config: CfgNode, device: torch.device) -> float:
         config.DATA.INTERPOLATION,
     )  # fmt: skip
     prepare = prepare_train("device", transform)
-    return timed(prepare.augment, prepare.draws, config.DATA.BATCH_SIZE, size, device)
+    return timed(prepare.augment, prepare.aug_params, config.DATA.BATCH_SIZE, size, device)

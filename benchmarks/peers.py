@@ -12,7 +12,7 @@ from benchmarks.paper import TABLE1, Peer
 from benchmarks.runs import ROOT
 from benchmarks.timing import Step, Stopwatch
 from config import get_config
-from models import build_model
+from models.build import build_model
 from models.count import count_macs, count_parameters
 from utils.table import Column, Table
 

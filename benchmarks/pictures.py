@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.runs import ROOT
-from data.decode import BadImage, decode
+from data.codecs.pillow_decode import BadImage, decode
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)

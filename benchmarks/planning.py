@@ -1,11 +1,11 @@
 """How long a run takes on how many GPUs, and what runs out first: arithmetic, network, cores for the images, storage.
 
     python -m benchmarks.planning                                   # the page, with the assumptions below
-    python -m benchmarks.planning --write docs/PLANNING.md
+    python -m benchmarks.planning --write docs/reports/PLANNING.md
     python -m benchmarks.planning --gpu-tflops 312 --mfu 0.12 --node-gbits 100 --cores-per-gpu 8 --images-per-core 900
 
 A model, not a measurement: every figure follows from counted parameters and multiply-adds and from the assumptions
-that the page names. tests/test_planning.py holds its bytes and times against two real hosts with a slow wire.
+that the page names. tests/benchmarks/test_planning.py holds its bytes and times against two real hosts with a slow wire.
 
 W processes (one per GPU), b images of a GPU in an update, P parameters.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from config import get_config
-from models import build_model
+from models.build import build_model
 from models.count import count_macs, count_parameters
 from utils.files import write_text
 from utils.table import Column, Table
@@ -40,7 +40,7 @@ class Cluster:
     gpu_gbytes: float = 300.0  # GB/s of a GPU's all-reduce within a node (NVLink: 450 by the data sheet)
     node_gbits: float = 3200.0  # Gbit/s between nodes: eight adapters of 400
     cores_per_gpu: float = 14.0  # two processors of 56 cores for eight GPUs
-    images_per_core: float = 700.0  # decoded and augmented; see docs/LOADER.md
+    images_per_core: float = 700.0  # decoded and augmented; see docs/reports/LOADER.md
     image_kbytes: float = 110.0  # mean size of an ImageNet JPEG
     read_gbytes: float = 5.0  # GB/s that a node reads from storage
     write_gbytes: float = 1.0  # GB/s that one process writes
@@ -120,7 +120,7 @@ class Plan:
         return 3 * 4 * self.size.parameters
 
     @property
-    def ends_first(self) -> str:
+    def bottleneck(self) -> str:
         seconds = {
             "arithmetic": self.compute,
             "network": self.network + self.compute / 3,
@@ -149,7 +149,7 @@ def table(sizes: dict[str, Size], cluster: Cluster, title: str, images_for: Call
                 name, gpus, images, plan.images_per_second, 1e3 * plan.seconds, plan.sent / 1e6, 1e3 * plan.network,
                 plan.images_per_second * cluster.image_kbytes / 1e3,
                 plan.images_per_second / gpus / cluster.images_per_core, IMAGENET / plan.images_per_second / 60,
-                plan.checkpoint / 1e9, plan.checkpoint / 1e9 / cluster.write_gbytes, plan.ends_first,
+                plan.checkpoint / 1e9, plan.checkpoint / 1e9 / cluster.write_gbytes, plan.bottleneck,
             ])  # fmt: skip
     return Table("planning", title, COLUMNS, rows)
 
@@ -174,11 +174,11 @@ An update takes forward and backward (three times the multiply-adds of the forwa
 while backward runs; images are read and prepared meanwhile. The slowest of these decides. Not in it: latency of the
 network and of kernel launches, so that rows with few images a GPU are too good; memory; evaluation.
 
-Held against two real hosts with a wire of 20 Mbit/s between them (`tests/test_planning.py`): the bytes of an update,
+Held against two real hosts with a wire of 20 Mbit/s between them (`tests/benchmarks/test_planning.py`): the bytes of an update,
 its time and the size of the checkpoint are those of the model within 15, 25 and 10 %.
 
-{tables[0].markdown().replace('# ', '## ', 1)}
-{tables[1].markdown().replace('# ', '## ', 1).rstrip()}
+{tables[0].markdown().replace("# ", "## ", 1)}
+{tables[1].markdown().replace("# ", "## ", 1).rstrip()}
 """
 
 

@@ -9,7 +9,7 @@ from benchmarks.paper import TABLE5
 from benchmarks.runs import ROOT
 from benchmarks.timing import Step, Stopwatch
 from config import get_config
-from models import build_model
+from models.build import build_model
 from utils.table import Column, Table
 
 RECIPES = {"T": "swin_tiny", "S": "swin_small", "B": "swin_base"}

@@ -30,21 +30,21 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
-import engine
-from benchmarks.apart import Apart, Step
 from benchmarks.footprint import Ledger
-from benchmarks.libraries import LIBRARIES, Logits, section_of
 from benchmarks.runs import ROOT
-from benchmarks.throughput import bare_steps, take_turns
+from benchmarks.subprocess_step import Step, SubprocessStep
+from benchmarks.throughput import bare_steps, interleave
 from benchmarks.timing import Stopwatch
 from config import get_config
-from models import build_model
+from engine import train_step
+from engine.setup import build_components, compile_and_wrap
+from engine.throughput import inference_step, training_step
+from models.build import build_model
 from models.count import count_macs
-from modes.learner import build_learner, prepare_for_speed
-from modes.speed import inference_step, training_step
-from utils.dist import Process
+from models.other_libraries import LIBRARIES, Logits, section_of
+from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
-from utils.memory import keep_freed_memory
+from utils.malloc import disable_malloc_trim
 from utils.table import Column, Table, circumstances
 
 log = logging.getLogger(__name__)
@@ -89,11 +89,15 @@ Build = Callable[[], Step]
 
 
 def candidates(
-    case: Case, device: torch.device, libraries: Sequence[str], ways: Sequence[str], variants: dict[str, list[str]]
+    case: Case,
+    device: torch.device,
+    other_libraries: Sequence[str],
+    ways: Sequence[str],
+    variants: dict[str, list[str]],
 ) -> Iterator[tuple[str, Build]]:
     """Names, and what builds the step of each."""
     config = case.config()
-    offered = [name for name in libraries if LIBRARIES[name](config, section_of(config), CLASSES) is not None]
+    offered = [name for name in other_libraries if LIBRARIES[name](config, section_of(config), CLASSES) is not None]
     for way in ways:
         for name, opts in variants.items() if way != "tuned" else ():
             yield f"{name}, {way}", partial(step_here, case, device, way, opts)
@@ -114,11 +118,11 @@ def step_here(case: Case, device: torch.device, way: str, opts: Sequence[str]) -
     """The main job's own step."""
     compiling = ["TRAIN.COMPILE", way != "eager", "TRAIN.CUDA_GRAPHS", way == "graphs"]
     config = case.config(*compiling, *opts)
-    process = Process(0, 1, 0, 1, device)
-    learner = build_learner(config, process, CLASSES)
-    prepare_for_speed(config, process, learner)
+    dist_info = DistInfo.single(device)
+    components = build_components(config, dist_info, CLASSES)
+    compile_and_wrap(config, dist_info, components)
     batch = random_batch(case, device)
-    return training_step(learner, batch) if case.mode == "training" else inference_step(learner, batch["image"])
+    return training_step(components, batch) if case.mode == "training" else inference_step(components, batch["image"])
 
 
 def step_of(library: str, case: Case, device: torch.device, way: str) -> Step:
@@ -126,7 +130,7 @@ def step_of(library: str, case: Case, device: torch.device, way: str) -> Step:
     config = case.config()
     model = Logits(LIBRARIES[library](config, section_of(config), CLASSES)).to(device)
     if way == "tuned":
-        keep_freed_memory()
+        disable_malloc_trim()
     # Weights packed once, for inference on a CPU: compiled models here have it, elsewhere their users ask for it.
     torch._inductor.config.freezing = way == "tuned"
     if way != "eager":
@@ -147,14 +151,14 @@ def measure(
         for name, build in builders:
             try:
                 if apart:
-                    steps[name] = processes.enter_context(closing(Apart(begin, build, device, name)))
+                    steps[name] = processes.enter_context(closing(SubprocessStep(begin, build, device, name)))
                     memory[name] = steps[name].known
                 else:
                     steps[name], memory[name] = begin(build, device, name)
             except torch.OutOfMemoryError as error:
                 memory[name] = None
                 log.warning("%s, %s: does not fit into the memory: %s", case, name, str(error).splitlines()[0])
-        rates = take_turns(steps, case.batch, device, seconds, turns)
+        rates = interleave(steps, case.batch, device, seconds, turns)
     found = {name: (statistics.median(rates[name]) if name in rates else None, memory[name]) for name in memory}
     for name, (rate, _) in found.items():
         shown = " ".join(map(str, (case.model, case.mode, case.dtype, case.batch)))
@@ -192,7 +196,7 @@ def matrix_product(dtype: str, device: torch.device) -> float:
     """FLOP/s of a large matrix product in `dtype`: what arithmetic can be at most."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=DTYPES[dtype]) for _ in range(2))
-    return engine.measure(lambda: a @ b, 1, device, seconds=0.3, runs=3) * 2 * side**3
+    return train_step.measure(lambda: a @ b, 1, device, seconds=0.3, runs=3) * 2 * side**3
 
 
 def make(
@@ -200,7 +204,7 @@ def make(
     modes: Sequence[str],
     dtypes: Sequence[str],
     batch_sizes: Sequence[int],
-    libraries: Sequence[str],
+    other_libraries: Sequence[str],
     ways: Sequence[str],
     variants: dict[str, list[str]],
     device: str,
@@ -231,10 +235,12 @@ def make(
         sheet = data_sheet(dtype, place)
         products.append(f"{peak / 1e12:.3g} TFLOP/s in {dtype}")
         for case in (Case(m, mode, dtype, batch) for m in models for mode in modes for batch in batch_sizes):
-            found = measure(case, candidates(case, place, libraries, ways, variants), place, seconds, turns, apart)
+            found = measure(
+                case, candidates(case, place, other_libraries, ways, variants), place, seconds, turns, apart
+            )
             table.rows += rows_of(case, found, peak, sheet)
             torch._dynamo.reset()
-            gc.collect()
+            gc.accumulate_master_grads()
             if place.type == "cuda":
                 torch.cuda.empty_cache()
     table.notes = [MEANING]

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import ablations, architecture, peers, speed
-from utils.command import answered, number
+from utils.cli import number, run_cli
 from utils.errors import UserError
 from utils.table import circumstances
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"written: {path}")
         return 0
 
-    return answered(program)
+    return run_cli(program)
 
 
 if __name__ == "__main__":

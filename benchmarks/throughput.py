@@ -23,17 +23,17 @@ import torch
 from torch import nn
 from torchvision import transforms
 
-import engine
 from config import get_config
-from data.decode import BadImage, decode
-from engine import Learner, TrainState, seconds_for
-from models import build_model
-from objectives import Classification
+from data.codecs.pillow_decode import BadImage, decode
+from engine import train_step
+from engine.train_step import TrainComponents, TrainState, seconds_for
+from models.build import build_model
 from optimizer import build_optimizer
-from utils.command import answered, number
+from tasks.classification import Classification
+from utils.cli import number, run_cli
 from utils.errors import UserError
 from utils.files import write_text
-from utils.run_folder import environment
+from utils.tracking.run_dir import collect_env
 
 CONFIG = Path(__file__).parent.parent / "configs" / "swin_tiny.yaml"
 
@@ -94,13 +94,13 @@ def bare_steps(
 def loop_step(model: nn.Module, images: torch.Tensor, target: torch.Tensor, amp_dtype: torch.dtype | None, optimizer):
     """One update by the project's own loop."""
     scaler = torch.amp.GradScaler(images.device.type, enabled=False)
-    learner = Learner(Classification(model), optimizer, scaler, images.device, amp_dtype, clip_grad=5.0)
+    components = TrainComponents(Classification(model), optimizer, scaler, images.device, amp_dtype, clip_grad=5.0)
     batches = itertools.repeat({"image": images, "target": target, "position": 0})
-    updates = engine.train(learner, batches, TrainState(), lambda update: 1e-6, len(images))
+    updates = train_step.train(components, batches, TrainState(), lambda update: 1e-6, len(images))
     return lambda: next(updates)
 
 
-def take_turns(
+def interleave(
     steps: dict[str, Callable[[], object]], images: int, device: torch.device, seconds: float, turns: int
 ) -> dict[str, list[float]]:
     """Images per second of each of `steps`, which all handle `images` of them, in each of `turns` turns.
@@ -143,7 +143,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> list[str]:
         loop = loop_step(model, images, target, amp_dtype, optimizer)
 
         def medians(steps: dict[str, Callable[[], object]]) -> tuple[dict[str, list[float]], dict[str, str]]:
-            rates = take_turns(steps, len(images), device, args.seconds, args.turns)
+            rates = interleave(steps, len(images), device, args.seconds, args.turns)
             return rates, {key: f"{sorted(values)[len(values) // 2]:.1f}" for key, values in rates.items()}
 
         rates, shown = medians({"here": infer, "timm": timm_infer})
@@ -170,13 +170,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=number(int, 1, 1e4), default=7)
     parser.add_argument("--write", type=Path, help="Markdown file for the table and what it was measured on")
     args = parser.parse_args(argv)
-    return answered(lambda: measure(args, argv or sys.argv[1:]))
+    return run_cli(lambda: measure(args, argv or sys.argv[1:]))
 
 
 def measure(args: argparse.Namespace, typed: Sequence[str]) -> int:
     lines = compare(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if args.write:
-        facts = environment()
+        facts = collect_env()
         head = [
             f"# Swin-T, batch {args.batch_size}, {args.turns} turns, medians",
             "",

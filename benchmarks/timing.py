@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import engine
+from engine import train_step
 from utils.errors import UserError
 from utils.precision import choose_amp_dtype
 
@@ -84,7 +84,7 @@ def interleaved(
                 continue
             try:
                 with torch.inference_mode():
-                    rates[name].append(engine.measure(build(), images, device, seconds, runs=1))
+                    rates[name].append(train_step.measure(build(), images, device, seconds, runs=1))
                 log.info("round %d/%d  %-45s %10.2f images/s", number, rounds, name, rates[name][-1])
             except torch.OutOfMemoryError as error:
                 lost.add(name)

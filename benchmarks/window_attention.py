@@ -22,8 +22,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.footprint import FusedAttention, Ledger
-from models import ops
-from models.window import ShiftedWindows
+from models.ops import dispatch as ops
+from models.ops.window import ShiftedWindows
 from utils.errors import UserError
 from utils.files import write_text
 from utils.table import Column, Table, circumstances
@@ -79,7 +79,7 @@ def counted(shape: Shape, shifted: bool, impl: str, batch_size: int) -> tuple[in
 
     Of tensors without contents, and not on "cuda", whose backward pass would look for the GPU.
     """
-    with FakeTensorMode(), mock.patch.dict(ops.WHY_NOT, triton=lambda case: ""), FusedAttention():
+    with FakeTensorMode(), mock.patch.dict(ops.UNSUPPORTED_REASON, triton=lambda case: ""), FusedAttention():
         use = Use(shape, shifted, impl, batch_size, "cpu")
         with Ledger() as ledger:
             out = use.forward()

@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
-from data import datasets
-from data.checks import check_imagenet_order, check_num_classes, check_num_workers, check_same_classes
-from data.datasets import Images
-from data.demo import write_demo
-from data.fast import DeviceTrain, prepare_eval, prepare_train
-from data.loader import BadImageCount, BatchLoader, EvalSamples, TrainSamples, worker_death_named
-from data.mixing import Mixer
-from data.packed import LAYOUT as LAYOUT_PACKED
-from data.packed import open_packed
-from data.protocols import ORIGINS, TORCHVISION, Inputs, Protocol, protocol, timm_inputs
-from data.sampler import StreamSampler, eval_indices
-from data.transforms import train_transform
-from utils.dist import Process, first_on_node
+from data.datasets import base as datasets
+from data.datasets.base import Images
+from data.datasets.digits import write_demo
+from data.datasets.packed import LAYOUT as LAYOUT_PACKED
+from data.datasets.packed import open_packed
+from data.datasets.validate import check_imagenet_order, check_num_classes, check_num_workers, check_same_classes
+from data.loader.loader import BadImageCount, BatchLoader, EvalSamples, TrainSamples, explain_worker_crash
+from data.loader.sampler import StreamSampler, eval_indices
+from data.transforms.eval_presets import ORIGINS, TORCHVISION, EvalPreset, InputConfig, eval_preset, timm_inputs
+from data.transforms.mixup import Mixer
+from data.transforms.native_transforms import GpuTrainTransform, prepare_eval, prepare_train
+from data.transforms.reference import train_transform
+from utils.distributed.process_group import DistInfo, local_rank_zero_first
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Data:
     class_names: list[str] | None
 
 
-def build_datasets(config: CfgNode, process: Process) -> Data:
+def build_datasets(config: CfgNode, dist_info: DistInfo) -> Data:
     """Opens the data that the configuration names and checks them. On each machine one process goes first, so that
     what is written once (index, demo, download) is there for the others.
 
@@ -51,10 +51,10 @@ def build_datasets(config: CfgNode, process: Process) -> Data:
             other classes in train than in val, or ImageNet-1K's classes in another order.
     """
     root = _data_path(config)
-    check_num_workers(config.DATA.NUM_WORKERS, process.local_world_size)
-    with first_on_node(process):
-        train = None if config.EVAL_MODE else _open(config, root, "train", process)
-        val = _open(config, root, "val", process)
+    check_num_workers(config.DATA.NUM_WORKERS, dist_info.local_world_size)
+    with local_rank_zero_first(dist_info):
+        train = None if config.EVAL_MODE else _open(config, root, "train", dist_info)
+        val = _open(config, root, "val", dist_info)
     what = f"DATA.DATA_PATH {root}"
     if train is not None:
         check_same_classes(train.class_names, val.class_names, train.num_classes, val.num_classes, what)
@@ -79,12 +79,12 @@ def _data_path(config: CfgNode) -> Path:
     return root
 
 
-def _open(config: CfgNode, root: Path, split: str, process: Process) -> Images:
+def _open(config: CfgNode, root: Path, split: str, dist_info: DistInfo) -> Images:
     name = config.DATA.DATASET
     if config.DATA.ZIP_MODE:
         # As in the original, validation images are never copied into memory: they are read once an epoch.
         mode = "part" if split == "val" and config.DATA.CACHE_MODE == "full" else config.DATA.CACHE_MODE
-        return datasets.open_zip(root, split, mode, process.local_rank, process.local_world_size)
+        return datasets.open_zip(root, split, mode, dist_info.local_rank, dist_info.local_world_size)
     if name == "demo":
         write_demo(root)
     if name == "packed":
@@ -108,7 +108,7 @@ class TrainBatches:
         loader: what gives batches in the memory of this machine, before anything is on the device.
     """
 
-    def __init__(self, config: CfgNode, data: Data, process: Process, start_samples: int, stop_samples: int):
+    def __init__(self, config: CfgNode, data: Data, dist_info: DistInfo, start_samples: int, stop_samples: int):
         """Raises UserError for an odd DATA.BATCH_SIZE with mixing, ValueError if start to stop is not whole updates."""
         if data.train is None:
             raise ValueError("the data were opened for evaluation only")
@@ -126,7 +126,7 @@ class TrainBatches:
             inputs.std,
         )
         prepare = prepare_train(config.DATA.BACKEND, transform)
-        self._augment = prepare.augment if isinstance(prepare, DeviceTrain) else None
+        self._augment = prepare.augment if isinstance(prepare, GpuTrainTransform) else None
         samples = TrainSamples(data.train, prepare, config.SEED, config.DATA.MAX_BAD_IMAGES)
         self.wait_seconds = 0.0
         self._first = data.train.path(0)
@@ -135,10 +135,10 @@ class TrainBatches:
         self._mixer = _mixer(config, data.num_classes)
         self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "replaced by the next good one")
         self._sampler = StreamSampler(
-            len(data.train), config.SEED, batch_size, process.rank, process.world_size, start_samples, stop_samples
+            len(data.train), config.SEED, batch_size, dist_info.rank, dist_info.world_size, start_samples, stop_samples
         )
         on_device = self._augment is not None
-        self.loader = _batch_loader(config, process, samples, self._sampler, self._num_workers, on_device)
+        self.loader = _batch_loader(config, dist_info, samples, self._sampler, self._num_workers, on_device)
 
     @property
     def bad_images(self) -> int:
@@ -152,7 +152,7 @@ class TrainBatches:
         with self.loader.started() as batches:
             for position in self._sampler.positions:
                 asked = time.perf_counter()
-                with worker_death_named(self._num_workers):
+                with explain_worker_crash(self._num_workers):
                     batch = next(batches)
                 self.wait_seconds += time.perf_counter() - asked
                 self._bad.add(batch["bad"])
@@ -180,16 +180,16 @@ class ValBatches:
         loader: what gives batches in the memory of this machine, before anything is on the device.
     """
 
-    def __init__(self, config: CfgNode, data: Data, process: Process, layout: str):
+    def __init__(self, config: CfgNode, data: Data, dist_info: DistInfo, layout: str):
         batch_size = config.DATA.BATCH_SIZE
-        indices = eval_indices(len(data.val), process.rank, process.world_size)
+        indices = eval_indices(len(data.val), dist_info.rank, dist_info.world_size)
         batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-        chosen = _protocol(config, layout)
+        chosen = _eval_preset(config, layout)
         log.info("validation images are prepared as by %s: %s", chosen.origin, chosen.description)
         self._num_workers = min(config.DATA.NUM_WORKERS, len(batches))
         self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "left out")
         samples = EvalSamples(data.val, prepare_eval(config.DATA.BACKEND, chosen.transform))
-        self.loader = _batch_loader(config, process, samples, batches, self._num_workers)
+        self.loader = _batch_loader(config, dist_info, samples, batches, self._num_workers)
 
     @property
     def bad_images(self) -> int:
@@ -202,7 +202,7 @@ class ValBatches:
         """Raises UserError when a worker dies or images are bad beyond DATA.MAX_BAD_IMAGES."""
         with self.loader.started() as batches:
             for _ in range(len(self.loader)):
-                with worker_death_named(self._num_workers):
+                with explain_worker_crash(self._num_workers):
                     batch = next(batches)
                 self._bad.add(batch["bad"])
                 if batch["image"] is None:
@@ -211,25 +211,25 @@ class ValBatches:
                 yield {"image": image, "target": target}
 
 
-def val_batches(config: CfgNode, data: Data, process: Process, layout: str = "original") -> ValBatches:
-    """The validation images, prepared as TEST.PROTOCOL says; where that is auto, as whoever made the weights does.
+def val_batches(config: CfgNode, data: Data, dist_info: DistInfo, layout: str = "original") -> ValBatches:
+    """The validation images, prepared as TEST.PRESET says; where that is auto, as whoever made the weights does.
 
     Args:
-        layout: that of the weights to evaluate, as `models.weights.LoadReport` says; "original" for those trained here.
+        layout: that of the weights to evaluate, as `models.pretrained.load.LoadReport` says; "original" for those trained here.
 
     Raises:
-        UserError: TEST.PROTOCOL does not go with the model.
+        UserError: TEST.PRESET does not go with the model.
     """
-    return ValBatches(config, data, process, layout)
+    return ValBatches(config, data, dist_info, layout)
 
 
-def model_inputs(config: CfgNode) -> Inputs:
+def model_inputs(config: CfgNode) -> InputConfig:
     """Mean, standard deviation and the like of the model's images."""
-    return timm_inputs(config.MODEL.NAME, config.DATA.IMG_SIZE) if config.MODEL.TYPE == "timm" else Inputs()
+    return timm_inputs(config.MODEL.NAME, config.DATA.IMG_SIZE) if config.MODEL.TYPE == "timm" else InputConfig()
 
 
-def _protocol(config: CfgNode, layout: str) -> Protocol:
-    kind, origin = config.MODEL.TYPE, config.TEST.PROTOCOL
+def _eval_preset(config: CfgNode, layout: str) -> EvalPreset:
+    kind, origin = config.MODEL.TYPE, config.TEST.PRESET
     if origin == "auto":
         origin = "timm" if kind == "timm" else layout if layout in ORIGINS else "original"
     torchvision_name = ""
@@ -238,8 +238,8 @@ def _protocol(config: CfgNode, layout: str) -> Protocol:
         torchvision_name = TORCHVISION.get((kind, model.EMBED_DIM, tuple(model.DEPTHS)), "")
     size, crop, interpolation = config.DATA.IMG_SIZE, config.TEST.CROP, config.DATA.INTERPOLATION
     if origin != "original" and not crop:
-        log.warning("TEST.CROP False has no effect: images are prepared as by %s (see TEST.PROTOCOL)", origin)
-    return protocol(origin, size, crop, interpolation, model_inputs(config), torchvision_name)
+        log.warning("TEST.CROP False has no effect: images are prepared as by %s (see TEST.PRESET)", origin)
+    return eval_preset(origin, size, crop, interpolation, model_inputs(config), torchvision_name)
 
 
 def _mixer(config: CfgNode, num_classes: int) -> Mixer | None:
@@ -262,13 +262,13 @@ def _mixer(config: CfgNode, num_classes: int) -> Mixer | None:
 
 def _batch_loader(
     config: CfgNode,
-    process: Process,
+    dist_info: DistInfo,
     samples: Dataset,
     keys: Sequence[list] | StreamSampler,
     num_workers: int,
     on_device: bool = False,
 ) -> BatchLoader:
     """`on_device`: images are sent as bytes, for the device to augment."""
-    size, pin_memory = config.DATA.IMG_SIZE, config.DATA.PIN_MEMORY and process.device.type == "cuda"
+    size, pin_memory = config.DATA.IMG_SIZE, config.DATA.PIN_MEMORY and dist_info.device.type == "cuda"
     shape, dtype = ((size, size, 3), torch.uint8) if on_device else ((3, size, size), torch.float32)
-    return BatchLoader(samples, keys, num_workers, process.device, pin_memory, config.DATA.BATCH_SIZE, shape, dtype)
+    return BatchLoader(samples, keys, num_workers, dist_info.device, pin_memory, config.DATA.BATCH_SIZE, shape, dtype)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.ops import window_attention
-from models.ops.reference import additive_term, cut_heads, join_heads, wide
-from models.window import ShiftedWindows, relative_position_index
+from models.ops.dispatch import window_attention
+from models.ops.reference import accumulate_dtype, attn_bias, merge_heads, partition_heads
+from models.ops.window import ShiftedWindows, relative_position_index
 
 RELATIVE = ("added", "none", "alone")  # what `WindowAttention` can make of relative positions
 
@@ -26,7 +26,7 @@ class ShiftedWindowAttention(nn.Module):
         window: side of a window, in tokens; shrinks to the map where that is smaller.
         shifted: whether the windows are displaced by half their side.
         attn_drop: dropout of the attention weights.
-        impl: how it is computed, see `models.ops.window_attention`.
+        impl: how it is computed, see `models.ops.dispatch.window_attention`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ShiftedWindowAttention(nn.Module):
         """Sees (B, H, W, parts · C), such as queries, keys and values, as (B, H, W, parts, nH, d)."""
         return projected.unflatten(-1, (-1, self.num_heads, self.proj.in_features // self.num_heads))
 
-    def by_pair(self, table: Tensor) -> Tensor:
+    def gather_relative_bias(self, table: Tensor) -> Tensor:
         """(nH, N, N): for each pair of tokens what a table ((2·window-1)², nH) says of their offset."""
         index = self.relative_position_index
         bias = table[index.flatten()].unflatten(0, index.shape)  # (N, N, nH)
@@ -91,7 +91,7 @@ class WindowAttention(ShiftedWindowAttention):
             raise ValueError(f"relative is {relative!r}, not one of {', '.join(RELATIVE)}")
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.relative = relative
-        window = self.windows.window  # shrunk, perhaps
+        window = self.windows.window  # downscale, perhaps
         if relative == "none":
             self.register_buffer("no_bias", torch.zeros(num_heads, window**2, window**2), persistent=False)
         else:
@@ -104,14 +104,14 @@ class WindowAttention(ShiftedWindowAttention):
 
     def relative_position_bias(self) -> Tensor:
         """(nH, N, N), read from the table."""
-        return self.no_bias if self.relative == "none" else self.by_pair(self.relative_position_bias_table)
+        return self.no_bias if self.relative == "none" else self.gather_relative_bias(self.relative_position_bias_table)
 
     def attend(self, x: Tensor, dropout_p: float) -> Tensor:
         projected, bias = self.heads(self.qkv(x)), self.relative_position_bias()
         if self.relative == "alone":
-            (v,), mask = cut_heads(projected, self.windows)
-            scores = additive_term(bias, mask)  # ([nW,] nH, N, N), the same for every image
-            weights = scores.to(wide(scores.dtype)).softmax(dim=-1)
+            (v,), mask = partition_heads(projected, self.windows)
+            scores = attn_bias(bias, mask)  # ([nW,] nH, N, N), the same for every image
+            weights = scores.to(accumulate_dtype(scores.dtype)).softmax(dim=-1)
             out = F.dropout(weights.expand(*v.shape[:3], -1, -1), dropout_p).to(v.dtype) @ v
-            return join_heads(out, self.windows, *x.shape[1:3])
+            return merge_heads(out, self.windows, *x.shape[1:3])
         return window_attention(projected, bias, self.windows, self.scale, dropout_p, self.impl)

@@ -123,17 +123,17 @@ class Backbone(nn.Module):
         return {"absolute_pos_embed"}
 
     @property
-    def num_layer_depths(self) -> int:
-        """How many different values `layer_depth` has: the embedding, each block, and what follows the last."""
+    def num_layer_ids(self) -> int:
+        """How many different values `get_layer_id` has: the embedding, each block, and what follows the last."""
         return sum(self.depths) + 2
 
-    def layer_depth(self, name: str) -> int:
+    def get_layer_id(self, name: str) -> int:
         """How deep the parameter `name` lies, from 0, for learning rates that fall towards the input."""
         parts = name.split(".")
         if parts[0] in ("absolute_pos_embed", "patch_embed"):
             return 0
         if parts[0] != "layers":
-            return self.num_layer_depths - 1
+            return self.num_layer_ids - 1
         stage = int(parts[1])
         if parts[2] == "downsample":
             return sum(self.depths[: stage + 1])

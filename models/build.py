@@ -4,12 +4,12 @@ from torch import nn
 from yacs.config import CfgNode
 
 from models.layers import DropPath
-from models.ops import CHOICES
+from models.ops.dispatch import CHOICES
 from models.swin_mlp import SwinMLP
 from models.swin_transformer import SwinTransformer
 from models.swin_transformer_v2 import SwinTransformerV2
 from models.timm_model import build_timm_model
-from utils.config_rules import SECTIONS
+from utils.config.rules import SECTIONS
 from utils.errors import UserError
 
 # MODEL.SWIN.POSITION, the rows of the paper's Table 4: (absolute embedding, what becomes of the relative bias).
@@ -94,7 +94,7 @@ def _build_timm(config: CfgNode, num_classes: int) -> nn.Module:
         config.MODEL.DROP_PATH_RATE,
         config.TRAIN.USE_CHECKPOINT,
     )
-    if config.TRAIN.LAYER_DECAY != 1.0 and not hasattr(model, "layer_depth"):
+    if config.TRAIN.LAYER_DECAY != 1.0 and not hasattr(model, "get_layer_id"):
         raise UserError(f"TRAIN.LAYER_DECAY must be 1: timm does not say in what order the layers of {name} come.")
     return model
 

@@ -87,7 +87,7 @@ class PatchMerging(nn.Module):
         return self.norm(self.reduction(x)) if self.norm_last else self.reduction(self.norm(x))
 
 
-class LinearOfGelu(torch.autograd.Function):
+class GeluLinearRecompute(torch.autograd.Function):
     """linear(gelu(x)), as F.linear(F.gelu(x), weight, bias) computes it, which keeps x for the backward pass and not
     gelu(x) as well: the widest map of a block is computed again, by the element, instead of held twice.
     """
@@ -124,7 +124,7 @@ class Mlp(nn.Module):
         if recompute or self.drop.p > 0 or not torch.is_grad_enabled():
             return self.drop(self.fc2(self.drop(self.act(x))))
         # Under autocast x is what fc1 made of it; the casts are outside, so that they have their own gradients.
-        return LinearOfGelu.apply(x, self.fc2.weight.to(x.dtype), self.fc2.bias.to(x.dtype))
+        return GeluLinearRecompute.apply(x, self.fc2.weight.to(x.dtype), self.fc2.bias.to(x.dtype))
 
 
 class DropPath(nn.Module):
@@ -161,8 +161,8 @@ class DropPath(nn.Module):
         rows = torch.rand(x.shape[0], device=x.device).argsort()[:kept]
         # Each row is there at most once, so that the sum has no order in which it could vary.
         out = branch(x.index_select(0, rows))
-        wide = torch.promote_types(x.dtype, out.dtype)  # as in x + out
-        return x.to(wide).index_add(0, rows, out.to(wide), alpha=x.shape[0] / kept)
+        accumulate_dtype = torch.promote_types(x.dtype, out.dtype)  # as in x + out
+        return x.to(accumulate_dtype).index_add(0, rows, out.to(accumulate_dtype), alpha=x.shape[0] / kept)
 
     def kept(self, batch: int) -> int:
         """How many of `batch` samples keep their branch: at least one, and the same for every batch of that size."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from models.backbone import Backbone
 from models.layers import DropPath, Mlp
-from models.window import axis_shift, padded_length, partition, reverse
+from models.ops.window import axis_shift, padded_length, window_partition, window_reverse
 
 
 class SpatialMlp(nn.Conv1d):
@@ -41,11 +41,11 @@ class SpatialMlp(nn.Conv1d):
         top, bottom = self.margins(height)
         left, right = self.margins(width)
         x = F.pad(x, (0, 0, left, right, top, bottom))
-        windows = partition(x, self.window).unflatten(-1, (self.num_heads, -1))  # (B, nW, N, nH, d)
+        windows = window_partition(x, self.window).unflatten(-1, (self.num_heads, -1))  # (B, nW, N, nH, d)
         rows = windows.transpose(2, 3).flatten(2, 3)  # (B, nW, nH·N, d)
         mixed = super().forward(rows.flatten(0, 1)).view(rows.shape).unflatten(2, (self.num_heads, -1))
         windows = mixed.transpose(2, 3).flatten(3)  # (B, nW, N, C)
-        x = reverse(windows, self.window, x.shape[1], x.shape[2])
+        x = window_reverse(windows, self.window, x.shape[1], x.shape[2])
         return x[:, top : top + height, left : left + width]
 
     def margins(self, length: int) -> tuple[int, int]:

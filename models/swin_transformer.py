@@ -42,7 +42,7 @@ class SwinTransformer(Backbone):
         qkv_bias, qk_scale, relative: see `WindowAttention`.
         drop_rate: dropout after the embedding, the attention's output and in the MLP.
         attn_drop_rate: dropout of the attention weights.
-        attn: how attention is computed, see `models.ops.window_attention`.
+        attn: how attention is computed, see `models.ops.dispatch.window_attention`.
         shift: whether every second block shifts its windows.
     """
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from models.attention import ShiftedWindowAttention
 from models.backbone import Backbone
-from models.ops import window_attention
+from models.ops.dispatch import window_attention
+from models.ops.window import relative_position_index
 from models.swin_transformer import SwinTransformerBlock
-from models.window import relative_position_index
 
 MAX_LOGIT_SCALE = 100.0  # the temperature does not fall below 0.01
 HIDDEN = 512  # width of the MLP that gives the position bias
@@ -68,7 +68,7 @@ class CosineWindowAttention(ShiftedWindowAttention):
         pretrained_window: int = 0,
     ):
         super().__init__(num_heads, map_size, window, shifted, attn_drop, impl)
-        window = self.windows.window  # shrunk, perhaps
+        window = self.windows.window  # downscale, perhaps
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0)))
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
@@ -84,13 +84,15 @@ class CosineWindowAttention(ShiftedWindowAttention):
         # Few values, once a batch, and as sharp as they are learnt: not in the half precision of autocast.
         with _full_precision(self.relative_coords_table.device.type):
             table = self.cpb_mlp(self.relative_coords_table)  # ((2·window-1)², nH)
-        return 16 * self.by_pair(table.to(torch.promote_types(table.dtype, torch.float32))).sigmoid()
+        return 16 * self.gather_relative_bias(table.to(torch.promote_types(table.dtype, torch.float32))).sigmoid()
 
     def attend(self, x: Tensor, dropout_p: float) -> Tensor:
         bias = None if self.q_bias is None else torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = self.heads(F.linear(x, self.qkv.weight, bias))
-        wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
-        logit_scale = self.logit_scale.to(wide).clamp(max=math.log(MAX_LOGIT_SCALE)).exp().flatten()  # (nH,)
+        accumulate_dtype = torch.promote_types(self.logit_scale.dtype, torch.float32)
+        logit_scale = (
+            self.logit_scale.to(accumulate_dtype).clamp(max=math.log(MAX_LOGIT_SCALE)).exp().flatten()
+        )  # (nH,)
         return window_attention(qkv, self.relative_position_bias(), self.windows, logit_scale, dropout_p, self.impl)
 
 

@@ -25,7 +25,7 @@ def build_timm_model(
     drop_path_rate: float = 0.0,
     use_checkpoint: bool = False,
 ) -> nn.Module:
-    """timm's model `name`, freshly initialised, with the methods `no_weight_decay` and `layer_depth` of `Backbone`.
+    """timm's model `name`, freshly initialised, with the methods `no_weight_decay` and `get_layer_id` of `Backbone`.
 
     What a model has no use for (many convolutional ones have no stochastic depth) is left out, with a line in the log.
 
@@ -51,7 +51,7 @@ def build_timm_model(
         if not hasattr(model, "set_grad_checkpointing"):
             raise UserError(f"TRAIN.USE_CHECKPOINT: timm's {name} cannot recompute activations; set it to False.")
         model.set_grad_checkpointing(True)
-    return _with_answers(model)
+    return _add_param_group_api(model)
 
 
 def _create(name: str, num_classes: int, optional: dict[str, float]) -> nn.Module:
@@ -71,10 +71,10 @@ def _create(name: str, num_classes: int, optional: dict[str, float]) -> nn.Modul
             raise UserError(f"timm's {name} cannot be built with {optional}: {error}. Change DATA.IMG_SIZE.") from error
 
 
-def _with_answers(model: nn.Module) -> nn.Module:
+def _add_param_group_api(model: nn.Module) -> nn.Module:
     """Attaches to this model what timm says in other words; its class stays timm's.
 
-    `layer_depth` is missing where timm does not say how its layers follow each other.
+    `get_layer_id` is missing where timm does not say how its layers follow each other.
     """
     patterns = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     names = [name for name, _ in model.named_parameters()]
@@ -82,6 +82,6 @@ def _with_answers(model: nn.Module) -> nn.Module:
     model.no_weight_decay = functools.partial(frozenset, exempt)
     if hasattr(model, "group_matcher"):
         depths = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-        model.num_layer_depths = max(depths.values()) + 1
-        model.layer_depth = functools.partial(operator.getitem, depths)
+        model.num_layer_ids = max(depths.values()) + 1
+        model.get_layer_id = functools.partial(operator.getitem, depths)
     return model

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.window import ShiftedWindows
+from models.ops.window import ShiftedWindows
 
 # Largest error allowed beside float64, over the largest value: some units in the last place of each type.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 5e-2}

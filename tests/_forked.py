@@ -15,16 +15,16 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import data.native
-import models.ops.native
-from utils.native import CannotBuild
+import data.native.library
+import models.ops.native_attention
+from utils.compile_native import CannotBuild
 
 # What Python tells its audit hooks when a program is started, a connection made or foreign code loaded.
 _SUSPICIOUS = (
     "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn", "subprocess.Popen",
     "socket.connect", "socket.getaddrinfo", "ctypes.dlopen", "webbrowser.open",
 )  # fmt: skip
-_OWN_PROGRAMS = ("git", "uname", "lscpu")  # what a run asks for its notes, see utils/run_folder.py
+_OWN_PROGRAMS = ("git", "uname", "lscpu")  # what a run asks for its notes, see utils/tracking/run_dir.py
 _NOTE = "\x00executed: "
 
 
@@ -42,7 +42,7 @@ class Outcome:
 @functools.cache
 def load_native_parts() -> None:
     """Loads the project's own native code, or finds out that there is none, so that no child has to."""
-    for load in (data.native.library, models.ops.native.LIBRARY.load):
+    for load in (data.native.library, models.ops.native_attention.LIBRARY.load):
         try:
             load()
         except CannotBuild:

@@ -11,7 +11,7 @@ from PIL import Image
 from yacs.config import CfgNode
 
 from config import get_config
-from utils.dist import Process
+from utils.distributed.process_group import DistInfo
 
 
 def draw(seed: int, size: tuple[int, int] = (40, 36), mode: str = "RGB") -> Image.Image:
@@ -69,5 +69,5 @@ def data_config(root: Path, *opts: object) -> CfgNode:
 EVALUATE = ("EVAL_MODE", True, "MODEL.RESUME", "unread.pth")
 
 
-def process(rank: int = 0, world_size: int = 1) -> Process:
-    return Process(rank, world_size, rank, world_size, torch.device("cpu"))
+def process(rank: int = 0, world_size: int = 1) -> DistInfo:
+    return DistInfo(rank, world_size, rank, world_size, torch.device("cpu"))

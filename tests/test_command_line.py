@@ -11,7 +11,7 @@ import pytest
 import main as main_module
 from config import get_config
 from main import build_parser, main, parse_command_line
-from utils.config_merge import flatten
+from utils.config.merge import flatten
 from utils.errors import TrainingDiverged, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,9 +102,9 @@ def test_opts_win_over_flags_and_flags_over_the_file(tmp_path):
 
 
 def test_accept_changes_is_no_key():
-    config, args = parse_command_line([*CFG, "--accept-changes"])
-    assert args.accept_changes and flatten(config) == PLAIN
-    assert not parse_command_line(CFG)[1].accept_changes
+    config, args = parse_command_line([*CFG, "--allow-config-change"])
+    assert args.allow_config_change and flatten(config) == PLAIN
+    assert not parse_command_line(CFG)[1].allow_config_change
 
 
 # ---------------------------------------------------------------- what is refused
@@ -166,7 +166,7 @@ def test_pretrained_wins_over_a_checkpoint_named_in_the_file_and_resume_over_wei
 
 
 def fails_with(error):
-    def run(config, accept_changes):
+    def run(config, allow_config_change):
         raise error
 
     return run
@@ -191,8 +191,10 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch):
 
 def test_the_run_gets_config_and_arguments(monkeypatch):
     got = []
-    monkeypatch.setattr(main_module, "run", lambda config, accept_changes: got.append((config.TAG, accept_changes)))
-    assert main([*CFG, "--tag", "x", "--accept-changes"]) == 0
+    monkeypatch.setattr(
+        main_module, "run", lambda config, allow_config_change: got.append((config.TAG, allow_config_change))
+    )
+    assert main([*CFG, "--tag", "x", "--allow-config-change"]) == 0
     assert got == [("x", True)]
 
 
@@ -203,7 +205,7 @@ def test_other_ranks_wait_before_they_repeat_the_mistake(monkeypatch, capsys):
     assert waited == [] and capsys.readouterr().err.startswith("error: --cfg FILE is missing")
     monkeypatch.setenv("RANK", "3")
     assert main(["--tag", "x"]) == 2
-    assert waited == [main_module.SECONDS_BEFORE_OTHER_RANKS_SPEAK]
+    assert waited == [main_module.OTHER_RANKS_DELAY_SECONDS]
     assert capsys.readouterr().err.startswith("error (rank 3): --cfg FILE is missing")
 
 
@@ -240,7 +242,7 @@ def test_a_mistake_is_one_message_without_traceback():
 
 
 def test_warnings_come_from_rank_0_alone():
-    code = "import sys, main; main.run = lambda config, accept_changes: None; sys.exit(main.main())"
+    code = "import sys, main; main.run = lambda config, allow_config_change: None; sys.exit(main.main())"
     assert "LOCAL_RANK has no effect" in start("-c", code, *CFG, "--local_rank", "1", RANK="0").stdout
     other = start("-c", code, *CFG, "--local_rank", "1", RANK="1")
     assert other.stdout + other.stderr == ""

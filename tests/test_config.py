@@ -1,4 +1,4 @@
-"""config.py and utils/config_rules.py: precedence, types, ranges, what is refused and how."""
+"""config.py and utils/config/rules.py: precedence, types, ranges, what is refused and how."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,8 @@ import yaml
 
 from config import SCHEMA, get_config
 from tests._configs import refusal, writer
-from utils.config_merge import Override, flatten
-from utils.config_rules import CHOICES, INTERVALS
+from utils.config.merge import Override, flatten
+from utils.config.rules import CHOICES, INTERVALS
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = flatten(get_config(None))
@@ -186,7 +186,7 @@ def test_no_bool_for_an_int_and_no_int_for_a_bool_from_yaml(write):
     assert f"{path}, line 1: AMP_ENABLE takes true or false, not '0'" in refusal(path)
 
 
-# ---------------------------------------------------------------- ranges, choices, contradictions
+# ---------------------------------------------------------------- ranges, choices, validate_combinations
 
 
 @pytest.mark.parametrize(

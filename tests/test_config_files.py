@@ -8,7 +8,7 @@ import pytest
 import config as config_module
 from config import differences, dump, get_config, parse
 from tests._configs import refusal, writer
-from utils.config_merge import Override, flatten
+from utils.config.merge import Override, flatten
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,6 +160,6 @@ def test_differences_are_those_that_change_what_is_computed():
     old = get_config(None)
     new = get_config(None, ["TRAIN.EPOCHS", 100, "AUG.MIXUP", 0, "TAG", "other", "DATA.NUM_WORKERS", 0, "OUTPUT", "x"])
     assert differences(old, new) == [("TRAIN.EPOCHS", 300, 100), ("AUG.MIXUP", 0.8, 0.0)]
-    assert config_module.BOOKKEEPING <= set(DEFAULTS)
+    assert config_module.NON_SEMANTIC_KEYS <= set(DEFAULTS)
     for key in ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "SEED", "TRAIN.EPOCHS", "MODEL.PRETRAINED"):
-        assert key not in config_module.BOOKKEEPING
+        assert key not in config_module.NON_SEMANTIC_KEYS

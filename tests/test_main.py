@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import engine
+from engine import train_step
 from main import main
 
 ROOT = Path(__file__).parent.parent
@@ -195,7 +195,7 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Pat
 
 def test_asked_to_stop_it_saves_at_once_and_continues_to_the_same_bits(job, recipe: Path, monkeypatch):
     assert job("--tag", "through")[0] == 0
-    updates = engine.train
+    updates = train_step.train
 
     def asked(*args):
         for number, account in enumerate(updates(*args)):
@@ -204,7 +204,7 @@ def test_asked_to_stop_it_saves_at_once_and_continues_to_the_same_bits(job, reci
             yield account
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "train", asked)
+        patch.setattr(train_step, "train", asked)
         code, said = job("--tag", "stopped")
     assert code == 0 and "asked to stop: saved after 64 images; the same command continues" in said
     assert checkpoint(recipe, "stopped")["state"]["samples"] == 64
@@ -268,19 +268,24 @@ def test_another_configuration_in_the_same_folder(job, recipe: Path):
     short = ["--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     assert job(*short)[0] == 0
     code, said = job(*short, "TRAIN.BASE_LR", "0.05")
-    assert code == 2 and "TRAIN.BASE_LR: 0.1 there, 0.05 now" in said and "--accept-changes" in said and "--tag" in said
+    assert (
+        code == 2
+        and "TRAIN.BASE_LR: 0.1 there, 0.05 now" in said
+        and "--allow-config-change" in said
+        and "--tag" in said
+    )
     longer = ["--opts", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0"]
-    code, said = job("--accept-changes", *longer)
+    code, said = job("--allow-config-change", *longer)
     assert code == 0 and "TRAIN.EPOCHS: 1 there, 2 now" in said
     assert checkpoint(recipe)["state"]["samples"] == 2 * TRAIN
     code, said = job(*longer, "TRAIN.AUTO_RESUME", "False")
     assert code == 2 and "TRAIN.AUTO_RESUME is off" in said
     (run_folder(recipe) / "config.yaml").unlink()
     assert job(*longer, "SEED", "9")[0] == 2, "the checkpoint itself says what it belongs to"
-    code, said = job("--accept-changes", *longer, "DATA.BATCH_SIZE", "14")
+    code, said = job("--allow-config-change", *longer, "DATA.BATCH_SIZE", "14")
     assert code == 2 and "no whole number of updates at 14 images" in said
     assert job(*longer)[0] == 0, "what was refused has changed nothing"
-    code, said = job("--accept-changes", "--optim", "sgd", *longer)
+    code, said = job("--allow-config-change", "--optim", "sgd", *longer)
     assert code == 2 and "its optimizer is AdamW, not SGD" in said
 
 
@@ -359,7 +364,7 @@ def test_corrupt_image_stops_the_run_by_name(job, recipe: Path, tmp_path: Path, 
 
 
 def test_throughput_needs_no_data(recipe: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine, "measure", functools.partial(engine.measure, seconds=0.05, runs=3))
+    monkeypatch.setattr(train_step, "measure", functools.partial(train_step.measure, seconds=0.05, runs=3))
     assert main(["--cfg", str(recipe), "--throughput", "--batch-size", "2"]) == 0
     said = capfd.readouterr().out
     for word in ("inference", "training", "images/s", "float32", "batch 2", "GiB"):

@@ -16,12 +16,12 @@ class Tiny(nn.Module):
         self.head = nn.Linear(8, 2)
         self.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
 
-    num_layer_depths = 3
+    num_layer_ids = 3
 
     def no_weight_decay(self) -> set[str]:
         return {"absolute_pos_embed"}
 
-    def layer_depth(self, name: str) -> int:
+    def get_layer_id(self, name: str) -> int:
         return 0 if name.startswith(("embed", "absolute")) else 1 if name.startswith("norm") else 2
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from config import get_config
-from models import build_model
+from models.build import build_model
 from models.count import count_parameters
-from utils.config_merge import flatten
+from utils.config.merge import flatten
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,10 +12,10 @@ import torch
 import main
 from benchmarks import throughput
 from config import get_config
-from models import build_model
+from models.build import build_model
 from models.count import count_macs, count_parameters
 from tools import plot_run
-from utils.records import Records
+from utils.tracking.metric_writer import MetricWriter
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,7 +50,7 @@ def test_command_of_the_main_job_is_understood(command: str, monkeypatch: pytest
         # torchrun's own flags come first; it stops at main.py.
         assert get_args_parser().parse_args(words[1:]).training_script == "main.py"
     reached = []
-    monkeypatch.setattr(main, "run", lambda config, accept_changes: reached.append(config))
+    monkeypatch.setattr(main, "run", lambda config, allow_config_change: reached.append(config))
     assert main.main(words[words.index("main.py") + 1 :]) == 0
     assert reached[0].DATA.DATA_PATH in ("DIR", "") or "demo" in command
 
@@ -123,7 +123,7 @@ def list_or_number(value):
 
 
 def test_curves_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture):
-    records = Records(tmp_path, tmp_path / "tensorboard", 0, 0)
+    records = MetricWriter(tmp_path, tmp_path / "tensorboard", 0, 0)
     for update in (1, 2, 3, 4):
         records.add("train", update, 10 * update, {"loss": 2.0 / update})
     records.add("epoch", 4, 40, {"epoch": 1, "val_loss": 0.7, "acc1": 60.0, "ema_acc1": 61.0})

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from config import differences, dump, get_config
-from utils.config_merge import flatten
+from utils.config.merge import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

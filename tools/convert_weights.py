@@ -24,19 +24,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from models.layouts import (
+from models.pretrained.convert import (
     DERIVED,
     LAYOUTS,
-    LEAST_SHARE,
-    ROOTS,
+    MIN_MATCHED_FRACTION,
+    TOP_LEVEL_KEYS,
     from_original,
-    share_of,
+    matched_fraction,
+    strip_prefix,
     to_original,
     version_of,
-    without_prefix,
 )
-from utils.checkpoint import SAFETENSORS, read_checkpoint, weights_in, write_weights
-from utils.command import answered
+from utils.checkpoint.io import SAFETENSORS, extract_state_dict, read_checkpoint, write_weights
+from utils.cli import run_cli
 from utils.errors import UserError
 
 KEYS = ("model", "state_dict")  # of the weights, in files that hold more
@@ -85,7 +85,7 @@ def convert(source: str, target: Path, to: str, window: int | None = None, keep_
         raise UserError(f"--window-size {window}: a window has at least 1 token along a side")
 
     contents = read_checkpoint(source, progress=sys.stderr.isatty())
-    weights = weights_in(contents, source)
+    weights = extract_state_dict(contents, source)
     try:
         out, said = translate(weights, to, window, keep_buffers)
     except UserError as error:
@@ -108,13 +108,13 @@ def translate(
     Raises:
         UserError: weights of no known layout, or a model that the layout `to` does not have.
     """
-    found = without_prefix(weights)
+    found = strip_prefix(weights)
     if found.layout is None:
         names = ", ".join(list(weights)[:6])
         raise UserError(f"these are not the weights of a Swin in a layout known here; the first names are {names}")
     original = to_original(found)
-    beside = sorted(name for name in found.outside if name in original and name.split(".")[0] not in ROOTS)
-    if share_of(original, original.keys() - beside) < LEAST_SHARE:
+    beside = sorted(name for name in found.outside if name in original and name.split(".")[0] not in TOP_LEVEL_KEYS)
+    if matched_fraction(original, original.keys() - beside) < MIN_MATCHED_FRACTION:
         raise UserError(
             f"more than a twentieth of the parameters are not of a Swin: {', '.join(beside[:6])}, … "
             "Save the Swin alone, with the program that these weights belong to"
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line)
         return 0
 
-    return answered(program)
+    return run_cli(program)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from benchmarks.libraries import LIBRARIES, logits, section_of
 from config import get_config
-from models import build_model
+from models.build import build_model
 from models.count import count_macs, count_parameters
-from models.weights import load_weights
-from utils import released
+from models.other_libraries import LIBRARIES, logits, section_of
+from models.pretrained import registry
+from models.pretrained.load import load_weights
 from utils.errors import UserError
 from utils.table import Column, Table, circumstances
 
@@ -46,7 +46,7 @@ def comparison(only: Sequence[str] = ()) -> Table:
         f"Columns of the libraries: the largest difference of any logit over {IMAGES} random images, in float32, "
         "between the library's model with random weights and this project's, which read those weights in the library's "
         "layout; – where the library has no such model. The last column says how large the logits themselves are.",
-        "Swin-MLP has no independent implementation; tests/test_models_mlp.py computes it another way.",
+        "Swin-MLP has no independent implementation; tests/models/test_swin_mlp.py computes it another way.",
         "Parameters and multiply-adds (of matrix products and convolutions, for one image) are counted from the model.",
         *circumstances(),
     ]
@@ -56,7 +56,7 @@ def comparison(only: Sequence[str] = ()) -> Table:
 def distinct_networks(only: Sequence[str]) -> list[tuple[list[str], int, CfgNode]]:
     """The networks that were released, each once: its recipes, number of classes and configuration."""
     networks: dict[str, tuple[list[str], int, CfgNode]] = {}
-    for release in released.RELEASES:
+    for release in registry.RELEASES:
         if only and release.recipe not in only:
             continue
         config = get_config(CONFIGS / f"{release.recipe}.yaml")

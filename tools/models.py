@@ -6,7 +6,7 @@
 Whether the models here are the models there, each compared with timm, torchvision and transformers on random weights
 and images (needs requirements-dev.txt; --only limits it to some recipes):
 
-    python -m tools.models --compare [--only swin_tiny …] [--write docs/MODELS.md]
+    python -m tools.models --compare [--only swin_tiny …] [--write docs/reports/MODELS.md]
 """
 
 import argparse
@@ -15,11 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import released
-from utils.command import answered
+from models.pretrained import registry
+from models.pretrained.registry import COUNTED, Release
+from utils.cli import run_cli
 from utils.errors import UserError
 from utils.files import write_text
-from utils.released import COUNTED, Release
 from utils.table import Column, Table
 
 COLUMNS = [
@@ -35,7 +35,7 @@ def listing(words: Sequence[str] = ()) -> Table:
     Raises:
         UserError: there is none.
     """
-    chosen = [release for release in released.RELEASES if all(word in release.name for word in words)]
+    chosen = [release for release in registry.RELEASES if all(word in release.name for word in words)]
     if not chosen:
         raise UserError(f"no release has a name with {' and '.join(words)}; python -m tools.models lists them all")
     table = Table("models", "Released weights", COLUMNS, [row(release) for release in chosen])
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", metavar="FILE", help="write the comparison to FILE as Markdown")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return answered(lambda: show(args))
+    return run_cli(lambda: show(args))
 
 
 def show(args: argparse.Namespace) -> int:

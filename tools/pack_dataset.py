@@ -36,11 +36,11 @@ import torch
 
 from config import get_config
 from data.build import build_datasets
-from data.datasets import Images
-from data.decode import BadImage
-from data.packed import FORMAT, INDEX, open_packed
-from data.packing import Packer, SplitPacking, claimed, contents
-from utils.dist import Process
+from data.codecs.pillow_decode import BadImage
+from data.datasets.base import Images
+from data.datasets.pack_writer import ImageEncoder, ShardWriter, dataset_digest, folder_lock
+from data.datasets.packed import FORMAT, INDEX, open_packed
+from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -110,8 +110,16 @@ class Progress:
         left = self.total - done
         end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + left / rate))
         missing = self.bytes / self.fresh * left
-        log.info("%s: %s of %s images (%.1f %%), %.0f images/s, %.1f GB to come, done %s",
-                 self.split, f"{done:,}", f"{self.total:,}", 100 * done / self.total, rate, missing / 1e9, end)
+        log.info(
+            "%s: %s of %s images (%.1f %%), %.0f images/s, %.1f GB to come, done %s",
+            self.split,
+            f"{done:,}",
+            f"{self.total:,}",
+            100 * done / self.total,
+            rate,
+            missing / 1e9,
+            end,
+        )
         free = shutil.disk_usage(self.folder).free
         if missing > free and not self.warned:
             self.warned = True
@@ -134,22 +142,22 @@ def pack(
     root = Path(data_path).expanduser()
     if output.resolve() == root.resolve():
         raise UserError(f"{output}: packed data cannot lie where they are made from. Give another folder.")
-    data = build_datasets(config, Process(0, 1, 0, 1, torch.device("cpu")))
+    data = build_datasets(config, DistInfo.single(torch.device("cpu")))
     for split, images in (("train", data.train), ("val", data.val)):
         folder = output / split
         if (folder / INDEX).exists():
             log.info("%s is complete already", folder)
             continue
-        packer = Packer(images, size if split == "train" else None, quality)
-        settings = {"format": FORMAT, "source": f"{dataset} {root.resolve()}", "contents": contents(images)}
+        packer = ImageEncoder(images, size if split == "train" else None, quality)
+        settings = {"format": FORMAT, "source": f"{dataset} {root.resolve()}", "contents": dataset_digest(images)}
         if split == "train":
             settings |= {"size": size, "quality": quality}
         names = lambda i, images=images: images.path(i).removeprefix(f"{root}/")  # noqa: E731
         try:
-            with claimed(folder):
+            with folder_lock(folder):
                 progress = Progress(split, len(images), folder)
                 packed = partial(in_order, packer, workers=workers)
-                whole = SplitPacking(images, folder, settings, names, packed, progress.add, max_bad).run()
+                whole = ShardWriter(images, folder, settings, names, packed, progress.add, max_bad).run()
         except OSError as error:
             raise UserError(
                 f"{folder}: {error.strerror or error}. What is finished is kept: make room or mend it, and give the "
@@ -157,8 +165,9 @@ def pack(
             ) from error
         total, count = int(whole.index.columns["size"].sum(dtype=np.int64)), len(whole.index)
         left_out = f", {len(whole.settings['bad'])} left out" if whole.settings["bad"] else ""
-        log.info("%s: %s images, %.3g GB, %.1f kB each%s",
-                 folder, f"{count:,}", total / 1e9, total / 1e3 / count, left_out)
+        log.info(
+            "%s: %s images, %.3g GB, %.1f kB each%s", folder, f"{count:,}", total / 1e9, total / 1e3 / count, left_out
+        )
     log.info("Train with: --data-path %s --opts DATA.DATASET packed", output)
 
 
@@ -228,8 +237,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verify:
             verify(args.output, args.workers)
         elif args.data_path:
-            pack(args.output, args.data_path, args.dataset, args.zipped, args.size, args.quality, args.workers,
-                 args.max_bad_images)
+            pack(
+                args.output,
+                args.data_path,
+                args.dataset,
+                args.zipped,
+                args.size,
+                args.quality,
+                args.workers,
+                args.max_bad_images,
+            )
         else:
             raise UserError("--data-path DIR is missing: the folder of the data set to pack.")
     except UserError as error:

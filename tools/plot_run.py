@@ -13,9 +13,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from utils.command import answered
+from utils.cli import run_cli
 from utils.errors import UserError
-from utils.records import read_records
+from utils.tracking.metric_writer import read_records
 
 EPOCH = ("epoch", "val_loss", "acc1")  # what a record of an epoch is drawn from
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="a run, such as logs/demo/default")
     parser.add_argument("picture", type=Path, help="the picture to write, .png or .svg")
     args = parser.parse_args(argv)
-    return answered(lambda: draw(args.folder, args.picture) or 0)
+    return run_cli(lambda: draw(args.folder, args.picture) or 0)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import torch
 
-from utils.dist import sum_across
+from utils.distributed.process_group import sum_across
 
 
 class Sums:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.files import write_text
-from utils.run_folder import environment
+from utils.tracking.run_dir import collect_env
 
 MISSING = "–"
 
@@ -79,7 +79,7 @@ class Table:
 
 def circumstances() -> list[str]:
     """Notes on what made the figures: hardware, versions, commit, command."""
-    facts = environment()
+    facts = collect_env()
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return [
         f"Hardware: {facts['hardware']}.",

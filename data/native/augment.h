@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* One operation on one picture. data/fast_augment.py writes these in the same order, as doubles. */
+/* One operation on one picture. data/transforms/native_augment.py writes these in the same order, as doubles. */
 typedef struct {
     double code;    /* of enum operation */
     double filter;  /* AFFINE: of enum filter */

@@ -12,9 +12,9 @@ import triton
 from torch import Tensor
 
 from models.ops import triton_kernels as kernels
-from models.ops.case import Case
-from models.ops.operator import call, complete
-from models.window import ShiftedWindows
+from models.ops.custom_op import dispatch, register_autograd
+from models.ops.spec import AttentionSpec
+from models.ops.window import ShiftedWindows
 
 MAX_TOKENS = 256  # of a window: more do not fit into one tile
 MAX_WIDTH = 64  # of a head
@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
     """How a kernel cuts a window: `block` rows at a time; `full`, all tokens, to a power of 2.
 
     `warps` of threads compute a program; `stages` - 1 windows are fetched ahead. Chosen so that, compiled for heads of
-    32, next to nothing that belongs into registers is spilled to memory (`tests/test_triton_ahead.py`).
+    32, next to nothing that belongs into registers is spilled to memory (`tests/models/ops/test_triton_compile.py`).
     """
 
     block: int
@@ -47,7 +47,7 @@ def tiles(kernel: str, tokens: int) -> Tiles:
     }[kernel]
 
 
-def unsupported(case: Case) -> str:
+def unsupported(case: AttentionSpec) -> str:
     """Why the kernels are not for a case, in words; empty where they are."""
     if case.device != "cuda" and not INTERPRETED:
         return f"it runs on CUDA devices, not on {case.device}"
@@ -164,13 +164,13 @@ def attend_backward(
     return grad_qkv, grad_bias.sum(0), grad_scales if scales is None else grad_scales.sum((0, 1))
 
 
-complete(attend, attend_backward)
+register_autograd(attend, attend_backward)
 
 
 def window_attention(
     qkv: Tensor, bias: Tensor, windows: ShiftedWindows, scale: float | Tensor, dropout_p: float
 ) -> Tensor:
-    """Shapes: see `models.ops.window_attention`. The softmax is in float32."""
+    """Shapes: see `models.ops.dispatch.window_attention`. The softmax is in float32."""
     if dropout_p:
         raise ValueError("the Triton kernels have no dropout of attention weights")
-    return call(attend, qkv, bias, windows, scale)
+    return dispatch(attend, qkv, bias, windows, scale)

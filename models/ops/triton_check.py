@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from models.ops import reference
-from models.ops.case import Case
-from models.window import ShiftedWindows
+from models.ops.spec import AttentionSpec
+from models.ops.window import ShiftedWindows
 
 log = logging.getLogger(__name__)
 
@@ -21,18 +21,18 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @functools.cache
-def why_not(case: Case) -> str:
+def unsupported_reason(case: AttentionSpec) -> str:
     """Why the kernels do not do a case, in words; empty where they do, and have shown it."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (PyTorch brings it along on Linux)"
     if not case.gradients:
-        return why_not(case._replace(gradients=True))  # tried once for both
+        return unsupported_reason(case._replace(gradients=True))  # tried once for both
     from models.ops import triton_attention  # takes its time
 
-    return triton_attention.unsupported(case) or ("" if triton_attention.INTERPRETED else fault(case))
+    return triton_attention.unsupported(case) or ("" if triton_attention.INTERPRETED else self_test(case))
 
 
-def fault(case: Case) -> str:
+def self_test(case: AttentionSpec) -> str:
     """What went wrong when the kernels were tried on something small, in words; empty where nothing did.
 
     Two images of 2 × 2 windows and two heads, shifted: output and all gradients against the reference in float32.

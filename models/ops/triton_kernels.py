@@ -18,7 +18,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-APART = tl.constexpr(-100.0)  # as `models.window.MASKED`: for a pair that the shift brought together
+APART = tl.constexpr(-100.0)  # as `models.ops.window.MASKED`: for a pair that the shift brought together
 
 
 @triton.constexpr_function
@@ -37,7 +37,7 @@ def _product(a, b):
 
 @triton.jit
 def _region(place, length, shift):
-    """As `models.window.region_ids`: 0 the bulk of an axis, 1 what the shift brought from its other end, 2 padding."""
+    """As `models.ops.window.region_ids`: 0 the bulk of an axis, 1 what the shift brought from its other end, 2 padding."""
     return tl.where(place >= length, 2, tl.where(place < shift, 1, 0))
 
 
@@ -79,9 +79,9 @@ def _write(base, places, here, stride, values, D: tl.constexpr, WIDTH: tl.conste
 @triton.jit
 def _unit(x):
     """Vectors (tokens, WIDTH) at length 1, in their type, and the factors (tokens,), in float32, that made them so."""
-    wide = x.to(tl.float32)
-    factor = 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), 1e-12)
-    return (wide * factor[:, None]).to(x.dtype), factor
+    accumulate_dtype = x.to(tl.float32)
+    factor = 1.0 / tl.maximum(tl.sqrt(tl.sum(accumulate_dtype * accumulate_dtype, 1)), 1e-12)
+    return (accumulate_dtype * factor[:, None]).to(x.dtype), factor
 
 
 @triton.jit

@@ -18,18 +18,18 @@ from pathlib import Path
 import torch
 
 from tests._forked import forked
-from tests._tally import Tally
+from tests._report import Report
 from tests._tiny import run_main, write_images, write_recipe
-from utils.checkpoint import CheckpointFolder, read_checkpoint
+from utils.checkpoint.io import CheckpointFolder, read_checkpoint
 from utils.errors import UserError
 
 EVERY = 25  # cases for one that is continued by main.py
 PATIENCE = 300.0  # seconds that a run of a few seconds may take on a machine that has other work
 
 
-def run(count: int, seed: int) -> Tally:
+def run(count: int, seed: int) -> Report:
     """`count` damaged folders."""
-    tally = Tally("damaged checkpoints", seed)
+    tally = Report("damaged checkpoints", seed)
     logging.getLogger().addHandler(logging.NullHandler())
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -77,7 +77,7 @@ def flip_bits(data: bytes, draws: random.Random) -> bytes:
 
 def flip_in_directory(data: bytes, draws: random.Random) -> bytes:
     """In the zip's directory, which has no checksum of its own, and behind it."""
-    return _flip(data, draws, data.index(b"PK\x01\x02"), len(data), draws.randrange(1, 4))
+    return _flip(data, draws, data.datasets.index(b"PK\x01\x02"), len(data), draws.randrange(1, 4))
 
 
 def flip_in_pickle(data: bytes, draws: random.Random) -> bytes:
@@ -143,7 +143,7 @@ def _wrong_about(checkpoints: CheckpointFolder, good: list[Path], unharmed: dict
     said: list[str] = []
     listener = logging.Handler(logging.WARNING)
     listener.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("utils.checkpoint")
+    logger = logging.getLogger("utils.checkpoint.io")
     logger.addHandler(listener)
     propagated, logger.propagate = logger.propagate, False
     try:

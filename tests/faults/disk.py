@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 
 from tests._forked import Outcome, forked
-from tests._tally import Tally
+from tests._report import Report
 from tests._tiny import run_main, write_images, write_recipe
 from tests.faults.corrupt import PATIENCE, same
-from utils.checkpoint import CheckpointFolder, read_checkpoint
+from utils.checkpoint.io import CheckpointFolder, read_checkpoint
 from utils.errors import UserError
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.ESTALE)
@@ -36,9 +36,9 @@ EVERY = 5  # budgets for one that strikes a whole run
 CALLS = ("open", "fsync", "replace", "link", "unlink")
 
 
-def run(count: int, seed: int) -> Tally:
+def run(count: int, seed: int) -> Report:
     """`count` byte budgets."""
-    tally = Tally("failing disks", seed)
+    tally = Report("failing disks", seed)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         words = ["--cfg", write_recipe(root), "--data-path", write_images(root / "images"), "--output", root / "logs"]

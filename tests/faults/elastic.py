@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-import engine
-from tests._tally import Tally
+from engine import train_step
+from tests._report import Report
 from tests.faults.runs import Inject, Place, adopt_orphans, last
 
 MICRO, GLOBAL = 2, 8  # images of a micro-batch and of an update
@@ -25,9 +25,9 @@ UPDATES = 17
 TOLERANCE = 1e-5  # of every number, absolute
 
 
-def run(count: int, seed: int) -> Tally:
+def run(count: int, seed: int) -> Report:
     """Whole runs of 1, 2 and 4 processes, 2 → 1 → 2, and `count` runs with random numbers of them."""
-    tally, largest = Tally("elastic", seed), 0.0
+    tally, largest = Report("elastic", seed), 0.0
     adopt_orphans()
     with tempfile.TemporaryDirectory() as scratch:
         place, steps = Place(Path(scratch)), UPDATES // 3
@@ -56,11 +56,11 @@ def _run(place: Place, tag: str, plan: list[tuple[int, int]], draws: random.Rand
     """Runs `plan`, (processes, updates until stopped; 0 = to the end) for each start → hashes by place."""
     notes = place.root / f"{tag}.notes"
     notes.mkdir()
-    accumulation = GLOBAL // MICRO // plan[0][0]
+    grad_accum_steps = GLOBAL // MICRO // plan[0][0]
     for number, (processes, updates) in enumerate(plan):
         inject = _noting(notes, number, updates, draws.choice((signal.SIGTERM, signal.SIGKILL)))
         opts = ["DATA.NUM_WORKERS", draws.choice((0, 0, 2)), "SAVE_STEPS", 1, "SAVE_KEEP", 0]
-        words = ("--accumulation-steps", accumulation)
+        words = ("--accumulation-steps", grad_accum_steps)
         start = place.start(tag, *opts, words=words, processes=processes, batch=MICRO, inject=inject)
         codes = start.wait()
         if any(codes) and not (updates and set(codes) == {-signal.SIGKILL}):
@@ -101,7 +101,7 @@ def _noting(notes: Path, number: int, updates: int, ending: int) -> Inject:
     """Notes the hashes of what goes into the network; ends the run with a signal after `updates` updates."""
 
     def inject(rank: int) -> None:
-        update, path, seen = engine._update, notes / f"{number}.{rank}", []
+        update, path, seen = train_step._update, notes / f"{number}.{rank}", []
 
         def noted(batches, file):
             for batch in batches:
@@ -111,15 +111,15 @@ def _noting(notes: Path, number: int, updates: int, ending: int) -> Inject:
                 print(batch["position"], *(digest.hexdigest() for digest in hashes), file=file, flush=True)
                 yield batch
 
-        def noting_update(learner, first, batches):
+        def noting_update(components, first, batches):
             with open(path, "a") as file:
                 both = noted((batch for each in ([first], batches) for batch in each), file)
-                found = update(learner, next(both), both)
+                found = update(components, next(both), both)
             seen.append(None)
             if len(seen) == updates and rank == 0:
                 os.kill(os.getpid(), ending) if ending == signal.SIGTERM else os.killpg(0, ending)
             return found
 
-        engine._update = noting_update
+        train_step._update = noting_update
 
     return inject

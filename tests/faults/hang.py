@@ -11,17 +11,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import engine
-from tests._tally import Tally
+from engine import train_step
+from tests._report import Report
 from tests.faults.runs import BATCH, Inject, Place, Start, adopt_orphans, difference_of_runs
 
 TIMEOUT, KILLED_WITHIN, HUNG_WITHIN = 10, 30.0, 10.0  # seconds; the last beyond TIMEOUT
 KINDS = ("killed", "killed, rank 0 keeps the list", "stopped", "hung", "worker killed")
 
 
-def run(count: int, seed: int) -> Tally:
+def run(count: int, seed: int) -> Report:
     """`count` runs of two or four processes, of each kind in turn."""
-    tally, slowest = Tally("lost processes", seed), dict.fromkeys(KINDS, 0.0)
+    tally, slowest = Report("lost processes", seed), dict.fromkeys(KINDS, 0.0)
     adopt_orphans()
     with tempfile.TemporaryDirectory() as scratch:
         place = Place(Path(scratch))
@@ -99,7 +99,7 @@ def _harm(kind: str, moment: str, at: int, victim: int, marker: Path) -> Inject:
     def inject(rank: int) -> None:
         if rank != victim:
             return
-        update, evaluate = engine._update, engine.evaluate
+        update, evaluate = train_step._update, train_step.evaluate
         seen = {"update": 0, "evaluation": 0}
 
         def here(name: str) -> None:
@@ -125,6 +125,6 @@ def _harm(kind: str, moment: str, at: int, victim: int, marker: Path) -> Inject:
             here("evaluation")
             return evaluate(*args)
 
-        engine._update, engine.evaluate = harmed_update, harmed_evaluate
+        train_step._update, train_step.evaluate = harmed_update, harmed_evaluate
 
     return inject

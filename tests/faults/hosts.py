@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from tests._tally import Tally
+from tests._report import Report
 from tests._tiny import write_images, write_recipe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -32,7 +32,7 @@ TRAIN, EPOCHS, BATCH = 400, 4, 8  # 100 updates of 16 images, 25 an epoch
 PATIENCE = 240  # seconds for a whole run with its restarts
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """What this machine lacks for two hosts, or None."""
     missing = [tool for tool in ("ip", "unshare", "mount") if shutil.which(tool) is None]
     if missing:
@@ -146,10 +146,10 @@ class Cluster:
             time.sleep(0.05)
 
 
-def run(count: int, seed: int) -> Tally:
+def run(count: int, seed: int) -> Report:
     """`count` killed hosts of each kind."""
-    tally, draw = Tally("hosts", seed), random.Random(seed)
-    if reason := why_not():
+    tally, draw = Report("hosts", seed), random.Random(seed)
+    if reason := unsupported_reason():
         tally.add("can run here", False, reason)
         return tally
     with tempfile.TemporaryDirectory() as folder, two_hosts() as hosts:

@@ -18,20 +18,20 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import engine
-import utils.records
-from tests._tally import Tally
+import utils.tracking.metric_writer
+from engine import train_step
+from tests._report import Report
 from tests.faults.runs import BATCH, Inject, Place, adopt_orphans, difference_of_runs
-from utils import sealed
+from utils.checkpoint import digest
 from utils.files import TEMPORARY
 
 STAGES = ("byte", "byte", "byte", "flush", "name", "named", "further name", "done")
 EPOCH_MOMENTS = ("before evaluation", "in evaluation", "after evaluation", "before record", "after record")
 
 
-def run(count: int, seed: int) -> Tally:
+def run(count: int, seed: int) -> Report:
     """`count` runs, each killed at least once where the moments allow it."""
-    tally, moments = Tally("kill -9", seed), Counter()
+    tally, moments = Report("kill -9", seed), Counter()
     adopt_orphans()
     with tempfile.TemporaryDirectory() as scratch:
         place, seconds = Place(Path(scratch)), {}
@@ -133,7 +133,7 @@ def in_a_save(stage: str, number: int, byte: int, marker: Path) -> Inject:
             return
         countdown = _Countdown(stage, number, marker)
         countdown_of_saves = _Countdown("byte", number, marker)
-        save, fsync, replace, link = sealed.save, os.fsync, os.replace, os.link
+        save, fsync, replace, link = digest.save, os.fsync, os.replace, os.link
 
         class Dying:
             """A file that is the process's end when a number of bytes has been written."""
@@ -180,7 +180,7 @@ def in_a_save(stage: str, number: int, byte: int, marker: Path) -> Inject:
             countdown.here("further name", "save, before a further name")
             link(source, target)
 
-        sealed.save, os.fsync, os.replace, os.link = dying_save, dying_fsync, dying_replace, dying_link
+        digest.save, os.fsync, os.replace, os.link = dying_save, dying_fsync, dying_replace, dying_link
 
     return inject
 
@@ -192,16 +192,16 @@ def at_an_epoch(moment: str, number: int, marker: Path) -> Inject:
         if rank != 0:
             return
         countdown = _Countdown(moment, number, marker)
-        evaluate, add = engine.evaluate, utils.records.Records.add
+        evaluate, add = train_step.evaluate, utils.tracking.metric_writer.MetricWriter.add
 
         def dying_batches(batches):
             for batch in batches:
                 countdown.here("in evaluation", "epoch, in evaluation")
                 yield batch
 
-        def dying_evaluate(learner, objective, batches):
+        def dying_evaluate(components, task, batches):
             countdown.here("before evaluation", "epoch, before evaluation")
-            found = evaluate(learner, objective, dying_batches(batches))
+            found = evaluate(components, task, dying_batches(batches))
             countdown.here("after evaluation", "epoch, after evaluation")
             return found
 
@@ -212,6 +212,6 @@ def at_an_epoch(moment: str, number: int, marker: Path) -> Inject:
             if kind == "epoch":
                 countdown.here("after record", "epoch, after its record")
 
-        engine.evaluate, utils.records.Records.add = dying_evaluate, dying_add
+        train_step.evaluate, utils.tracking.metric_writer.MetricWriter.add = dying_evaluate, dying_add
 
     return inject

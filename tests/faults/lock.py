@@ -14,18 +14,18 @@ import tempfile
 import time
 from pathlib import Path
 
-import engine
-from tests._tally import Tally
+from engine import train_step
+from tests._report import Report
 from tests.faults.runs import Inject, Place, Start, adopt_orphans, difference_of_runs
-from utils.checkpoint import read_checkpoint
+from utils.checkpoint.io import read_checkpoint
 
 REFUSED_WITHIN = 5.0  # seconds
 YEARS = 10 * 365 * 86400.0
 
 
-def run(count: int, seed: int) -> Tally:
+def run(count: int, seed: int) -> Report:
     """`count` folders."""
-    tally, slowest = Tally("one folder", seed), 0.0
+    tally, slowest = Report("one folder", seed), 0.0
     adopt_orphans()
     with tempfile.TemporaryDirectory() as scratch:
         place = Place(Path(scratch))
@@ -97,7 +97,7 @@ def _waiting(at: int, marker: Path) -> Inject:
     """Stands still before update number `at`."""
 
     def inject(rank: int) -> None:
-        update, seen = engine._update, []
+        update, seen = train_step._update, []
 
         def waiting(*args):
             seen.append(None)
@@ -106,7 +106,7 @@ def _waiting(at: int, marker: Path) -> Inject:
                 time.sleep(1000)
             return update(*args)
 
-        engine._update = waiting
+        train_step._update = waiting
 
     return inject
 

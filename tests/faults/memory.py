@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data.loader
-import engine
-from tests._tally import Tally
+import data.loader.loader
+from engine import train_step
+from tests._report import Report
 from tests.faults.runs import BATCH, Inject, Place, adopt_orphans, last
 
 PLACES = ("limit", "update", "evaluation", "loading process", "GPU")
 WAYS_OUT = ("out of memory", "--accumulation-steps", "--batch-size", "--use-checkpoint")
 
 
-def run(count: int, seed: int) -> Tally:
+def run(count: int, seed: int) -> Report:
     """`count` runs, at each place in turn."""
-    tally = Tally("out of memory", seed)
+    tally = Report("out of memory", seed)
     adopt_orphans()
     with tempfile.TemporaryDirectory() as scratch:
         place = Place(Path(scratch))
@@ -65,7 +65,7 @@ def _starving(where: str, at: int, victim: int) -> Inject:
     def inject(rank: int) -> None:
         if rank != victim:
             return
-        update, evaluate, make = engine._update, engine.evaluate, data.loader.TrainSamples.make
+        update, evaluate, make = train_step._update, train_step.evaluate, data.loader.loader.TrainSamples.make
         seen = {"update": 0, "evaluation": 0, "loading process": 0}
 
         def too_much(place: str, number: int) -> None:
@@ -93,6 +93,10 @@ def _starving(where: str, at: int, victim: int) -> Inject:
             too_much("loading process", 3 * at)
             return make(*args)
 
-        engine._update, engine.evaluate, data.loader.TrainSamples.make = starved_update, starved_evaluate, starved_make
+        train_step._update, train_step.evaluate, data.loader.loader.TrainSamples.make = (
+            starved_update,
+            starved_evaluate,
+            starved_make,
+        )
 
     return inject

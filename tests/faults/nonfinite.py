@@ -11,40 +11,40 @@ from pathlib import Path
 
 import torch
 
-import engine
-import objectives
-from tests._tally import Tally
+import tasks.classification
+from engine import train_step
+from tests._report import Report
 from tests.faults.runs import BATCH, Inject, Place, adopt_orphans
-from utils.checkpoint import not_finite, read_checkpoint
+from utils.checkpoint.io import not_finite, read_checkpoint
 
 UPDATES, LIMIT = 17, 3
 
 
-def run(count: int, seed: int) -> Tally:
+def run(count: int, seed: int) -> Report:
     """`count` runs of two processes; in every third the fault stays until the run is stopped."""
-    tally = Tally("not finite", seed)
+    tally = Report("not finite", seed)
     adopt_orphans()
     with tempfile.TemporaryDirectory() as scratch:
         place = Place(Path(scratch))
         for trial in range(count):
             draws = random.Random(f"{seed}/{trial}")
-            what, accumulation, lasts = ("loss", "gradient")[trial % 2], draws.choice((1, 2)), trial % 3 == 2
-            wrong = _trial(place, f"trial{trial}", what, accumulation, lasts, draws)
+            what, grad_accum_steps, lasts = ("loss", "gradient")[trial % 2], draws.choice((1, 2)), trial % 3 == 2
+            wrong = _trial(place, f"trial{trial}", what, grad_accum_steps, lasts, draws)
             tally.add(f"{what}, {'until it is stopped' if lasts else 'once'}", not wrong, f"trial {trial}: {wrong}")
     return tally
 
 
-def _trial(place: Place, tag: str, what: str, accumulation: int, lasts: bool, draws: random.Random) -> str:
+def _trial(place: Place, tag: str, what: str, grad_accum_steps: int, lasts: bool, draws: random.Random) -> str:
     first, victim = draws.randrange(1, UPDATES - LIMIT), draws.randrange(2)
     value = draws.choice((float("nan"), float("inf"), float("-inf")))
     bad = range(first, UPDATES if lasts else first + 1)
-    micro = draws.randrange(accumulation)
+    micro = draws.randrange(grad_accum_steps)
     notes = place.root / f"{tag}.notes"
     notes.mkdir()
     opts = ["SAVE_STEPS", 1, "SAVE_KEEP", 0, "PRINT_FREQ", 1, "TRAIN.MAX_BAD_STEPS", LIMIT]
-    words = ("--accumulation-steps", accumulation)
-    inject = _spoiling(what, bad, micro, accumulation, victim, value, notes)
-    start = place.start(tag, *opts, words=words, processes=2, batch=BATCH // 2 // accumulation, inject=inject)
+    words = ("--accumulation-steps", grad_accum_steps)
+    inject = _spoiling(what, bad, micro, grad_accum_steps, victim, value, notes)
+    start = place.start(tag, *opts, words=words, processes=2, batch=BATCH // 2 // grad_accum_steps, inject=inject)
     codes = start.wait()
     if codes != ([3, 3] if lasts else [0, 0]):
         return f"codes {codes}:\n{start.said[-3000:]}"
@@ -62,18 +62,20 @@ def _trial(place: Place, tag: str, what: str, accumulation: int, lasts: bool, dr
     return "" if lasts or counted == 1 else f"{counted} skipped updates were counted"
 
 
-def _spoiling(what: str, bad: range, micro: int, accumulation: int, victim: int, value: float, notes: Path) -> Inject:
+def _spoiling(
+    what: str, bad: range, micro: int, grad_accum_steps: int, victim: int, value: float, notes: Path
+) -> Inject:
     """Spoils micro-batch `micro` of the updates `bad` on the rank `victim`; each notes its weights after each one."""
 
     def inject(rank: int) -> None:
-        forward, update = objectives.Classification.forward, engine._update
+        forward, update = tasks.classification.Classification.forward, train_step._update
         passes = {"forward": 0}
 
         def spoiled(self, batch: dict) -> dict:
             found = forward(self, batch)
             if not self.training:
                 return found
-            number, place = divmod(passes["forward"], accumulation)
+            number, place = divmod(passes["forward"], grad_accum_steps)
             passes["forward"] += 1
             if rank == victim and number in bad and place == micro:
                 if what == "loss":
@@ -82,21 +84,21 @@ def _spoiling(what: str, bad: range, micro: int, accumulation: int, victim: int,
                 return found | {"loss": found["loss"] + _SpoiledGradient.apply(parameter.sum(), value)}
             return found
 
-        def noting(learner, *args):
+        def noting(components, *args):
             if passes["forward"] == 0:
-                _note(learner)
-            found = update(learner, *args)
-            _note(learner)
+                _note(components)
+            found = update(components, *args)
+            _note(components)
             return found
 
-        def _note(learner) -> None:
+        def _note(components) -> None:
             digest = hashlib.sha256()
-            for parameter in learner.bare.parameters():
+            for parameter in components.module_without_ddp.parameters():
                 digest.update(parameter.detach().numpy().tobytes())
             with open(notes / f"{rank}", "a") as file:
                 file.write(digest.hexdigest() + "\n")
 
-        objectives.Classification.forward, engine._update = spoiled, noting
+        tasks.classification.Classification.forward, train_step._update = spoiled, noting
 
     return inject
 

@@ -12,18 +12,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import engine
-import modes.training
-import utils.saver
-from tests._tally import Tally
+import utils.checkpoint.async_saver
+from engine import train_step
+from tests._report import Report
 from tests.faults.runs import BATCH, Inject, Place, adopt_orphans, difference_of_runs, last
 
 MOMENTS = ("clock", "clock", "update", "update", "evaluation", "save", "start")
 
 
-def run(count: int, seed: int) -> Tally:
+def run(count: int, seed: int) -> Report:
     """`count` runs, each asked once."""
-    tally, slowest = Tally("preemption", seed), 0.0
+    tally, slowest = Report("preemption", seed), 0.0
     adopt_orphans()
     with tempfile.TemporaryDirectory() as scratch:
         place, seconds = Place(Path(scratch)), {}
@@ -89,9 +88,12 @@ def _asking(moment: str, at: int, number: int, victim: int, notes: Path) -> Inje
     """
 
     def inject(rank: int) -> None:
-        loop, finish = modes.training.engine.train, modes.training.Run.to_the_end
-        initialise, copied = modes.training.StopRequest.__init__, utils.saver.Saver._copied
-        evaluate = engine.evaluate
+        loop, finish = train_step.trainer.train_step.train, train_step.trainer.Run.fit
+        initialise, copied = (
+            train_step.trainer.PreemptionHandler.__init__,
+            utils.checkpoint.async_saver.AsyncCheckpointer._copied,
+        )
+        evaluate = train_step.evaluate
         seen = {"update": 0, "evaluation": 0, "save": 0, "asked": None}
 
         def here(name: str, wanted: int) -> None:
@@ -129,8 +131,11 @@ def _asking(moment: str, at: int, number: int, victim: int, notes: Path) -> Inje
                 here("save", 1 + at // 4)
             return copied(self, value, where)
 
-        engine.train, engine.evaluate = noting_loop, lambda a, b, batches: evaluate(a, b, asking_batches(batches))
-        modes.training.Run.to_the_end, modes.training.StopRequest.__init__ = noting_end, noting_initialise
-        utils.saver.Saver._copied = asking_copied
+        train_step.train, train_step.evaluate = (
+            noting_loop,
+            lambda a, b, batches: evaluate(a, b, asking_batches(batches)),
+        )
+        train_step.trainer.Run.fit, train_step.trainer.PreemptionHandler.__init__ = noting_end, noting_initialise
+        utils.checkpoint.async_saver.AsyncCheckpointer._copied = asking_copied
 
     return inject

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 import main
-import utils.run_folder
+import utils.tracking.run_dir
 from tests._forked import load_native_parts
 from tests._tiny import write_images, write_recipe
-from utils.checkpoint import read_checkpoint
+from utils.checkpoint.io import read_checkpoint
 
 PATIENCE = 300.0  # seconds for one start; a run takes two, on a machine that does nothing else
 TRAIN, VAL, BATCH = 44, 10, 8  # an epoch is five and a half updates, which reach over its end
@@ -109,7 +109,7 @@ class Start:
             os.environ.update({name: str(value) for name, value in place.items()})
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE=str(agent))
             random.seed()
-            utils.run_folder.git_commit = lambda: None  # asks git, and nothing depends on the answer
+            utils.tracking.run_dir.git_commit = lambda: None  # asks git, and nothing depends on the answer
             if inject is not None:
                 inject(rank)
             code = main.main(self.argv)

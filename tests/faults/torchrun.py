@@ -16,16 +16,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests._tally import Tally
+from tests._report import Report
 from tests.faults.runs import BATCH, PATIENCE, Place, adopt_orphans, difference_of_runs, records
 
 ROOT = Path(__file__).parent.parent.parent
 KINDS = ("restart", "stop", "kill")
 
 
-def run(count: int, seed: int) -> Tally:
+def run(count: int, seed: int) -> Report:
     """`count` runs of two processes, of each kind in turn."""
-    tally = Tally("torchrun", seed)
+    tally = Report("torchrun", seed)
     adopt_orphans()
     with tempfile.TemporaryDirectory() as scratch:
         place = Place(Path(scratch))

@@ -13,7 +13,7 @@ import argparse  # noqa: E402
 import importlib  # noqa: E402
 import sys  # noqa: E402
 
-# How many make the figure in docs/FAULTS.md, and in the short form of `make test`.
+# How many make the figure in docs/reports/FAULTS.md, and in the short form of `make test`.
 COUNTS = {"images": (1000, 100), "configs": (300, 10), "trees": (100, 10), "checkpoints": (200, 12)}
 
 
@@ -27,8 +27,9 @@ def main() -> int:
     if unknown := set(args.kinds) - set(COUNTS):
         parser.error(f"there is no {', '.join(unknown)}; choose from {', '.join(COUNTS)}")
 
-    import main  # noqa: F401  imported here, once, for all the children
     import modes  # noqa: F401
+
+    import main  # noqa: F401  imported here, once, for all the children
 
     failed = False
     for kind in args.kinds or COUNTS:

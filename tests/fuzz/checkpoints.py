@@ -19,11 +19,11 @@ import torch
 from hypothesis import strategies as st
 
 from tests._forked import forked
-from tests._tally import Tally
+from tests._report import Report
 from tests._tiny import run_main, write_images, write_recipe
-from tests.fuzz.drawing import drawn
-from tests.fuzz.judge import run_briefly, wrong_about
+from tests.fuzz.oracle import run_briefly, wrong_about
 from tests.fuzz.pickles import FAMILIES, LIES, WRAPPINGS, check_they_run, register_extension
+from tests.fuzz.sampling import sample_cases
 
 USES = ("--eval --pretrained", "--eval --resume", "--pretrained", "--resume", "folder")
 ANOTHER = (None, 0, -1, 2**70, float("nan"), float("inf"), "", "x", b"x", True, [], [1], {}, {"a": 1}, (), {1: {2: 3}})
@@ -56,12 +56,12 @@ def cases(draw) -> tuple[str, str, int]:
     return family, draw(st.sampled_from(USES)), draw(st.integers(0, 2**32))
 
 
-def run(count: int, seed: int) -> Tally:
+def run(count: int, seed: int) -> Report:
     """`count` files: a pickle of each family that can run something first, then drawn ones."""
-    tally = Tally("checkpoints", seed)
+    tally = Report("checkpoints", seed)
     all_cases = [(family, USES[number % len(USES)], seed + number) for number, family in enumerate(FAMILIES)]
     random.Random(seed).shuffle(all_cases)
-    all_cases = [*all_cases[:count], *drawn(cases(), max(1, count - len(all_cases)), seed)][:count]
+    all_cases = [*all_cases[:count], *sample_cases(cases(), max(1, count - len(all_cases)), seed)][:count]
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         words = ["--cfg", write_recipe(root), "--data-path", write_images(root / "images"), "--output", root / "logs"]

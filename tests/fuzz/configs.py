@@ -11,11 +11,11 @@ import yaml
 from hypothesis import strategies as st
 
 from config import SCHEMA
-from tests._tally import Tally
+from tests._report import Report
 from tests._tiny import RECIPE, write_images
-from tests.fuzz.drawing import drawn
-from tests.fuzz.judge import run_briefly, wrong_about
-from utils.config_rules import CHOICES
+from tests.fuzz.oracle import run_briefly, wrong_about
+from tests.fuzz.sampling import sample_cases
+from utils.config.rules import CHOICES
 
 PLAIN = {
     "DATA.IMG_SIZE": 32,
@@ -191,7 +191,7 @@ def recipes(draw) -> Case:
         "SAVE_STEPS": st.sampled_from([0, 1, 10**30]),
         "TIMEOUT": st.sampled_from([1, 10**6, 10**30]),
         "AMP_DTYPE": st.sampled_from(CHOICES["AMP_DTYPE"]),
-        "TEST.PROTOCOL": st.sampled_from(CHOICES["TEST.PROTOCOL"]),
+        "TEST.PRESET": st.sampled_from(CHOICES["TEST.PRESET"]),
     }
     keys = draw(st.lists(st.sampled_from(sorted(choices)), min_size=1, max_size=4, unique=True))
     values = PLAIN | {"AMP_ENABLE": draw(st.booleans())} | {key: draw(choices[key]) for key in keys}
@@ -309,7 +309,7 @@ def command_lines(draw) -> Case:
         "--local_rank",
         "--data-path",
         "---",
-        "--accept-changes",
+        "--allow-config-change",
         "--disable_amp",
     ]
     values = [
@@ -340,9 +340,9 @@ def command_lines(draw) -> Case:
 CASES = st.one_of(other_values(), other_values(), models(), models(), recipes(), recipes(), texts(), command_lines())
 
 
-def run(count: int, seed: int) -> Tally:
-    tally = Tally("configurations", seed)
-    cases = drawn(CASES, count, seed)
+def run(count: int, seed: int) -> Report:
+    tally = Report("configurations", seed)
+    cases = sample_cases(CASES, count, seed)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         write_images(root / "images")

@@ -15,12 +15,12 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.decode import BadImage, decode
+from data.codecs.pillow_decode import BadImage, decode
 from tests._forked import forked
-from tests._tally import Tally
+from tests._report import Report
 from tests._tiny import run_main, write_images, write_recipe
-from tests.fuzz.drawing import drawn
-from tests.fuzz.judge import MEMORY, TIMEOUT, run_briefly, wrong_about
+from tests.fuzz.oracle import MEMORY, TIMEOUT, run_briefly, wrong_about
+from tests.fuzz.sampling import sample_cases
 
 IN_ONE_FOLDER = 50
 EXPANDED = 178_956_970  # pixels beyond which Pillow refuses
@@ -96,9 +96,9 @@ def images(draw) -> tuple[str, bytes]:
     return f"{name}: {what}", data
 
 
-def run(count: int, seed: int) -> Tally:
-    tally = Tally("images", seed)
-    cases = drawn(images(), count, seed)
+def run(count: int, seed: int) -> Report:
+    tally = Report("images", seed)
+    cases = sample_cases(images(), count, seed)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         words = _a_trained_model(root)
@@ -107,7 +107,7 @@ def run(count: int, seed: int) -> Tally:
     return tally
 
 
-def _look_at(cases: list[tuple[str, bytes]], root: Path, words: list, tally: Tally) -> None:
+def _look_at(cases: list[tuple[str, bytes]], root: Path, words: list, tally: Report) -> None:
     alone = forked(lambda: _decode_all(cases), TIMEOUT, MEMORY)
     wrong = dict(re.findall(r"WRONG (\d+) (.*)", alone.said))
     together = _wrong_together(cases, root / f"data{tally.count}", words)

@@ -18,10 +18,10 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests._tally import Tally
+from tests._report import Report
 from tests._tiny import write_images, write_recipe
-from tests.fuzz.drawing import drawn
-from tests.fuzz.judge import run_briefly, wrong_about
+from tests.fuzz.oracle import run_briefly, wrong_about
+from tests.fuzz.sampling import sample_cases
 
 SECRET = "the secret beside the data"
 
@@ -175,7 +175,7 @@ def _flag(bit: int) -> Callable[[bytes, random.Random], bytes]:
     """Sets a bit of the flags of the first member, in the directory."""
 
     def change(data: bytes, draws: random.Random) -> bytes:
-        place = data.index(b"PK\x01\x02") + 8
+        place = data.datasets.index(b"PK\x01\x02") + 8
         return data[:place] + bytes([data[place] | bit]) + data[place + 1 :]
 
     return change
@@ -185,7 +185,7 @@ def _field(offset: int, size: int) -> Callable[[bytes, random.Random], bytes]:
     """Another number in one field of a member's entry in the directory."""
 
     def change(data: bytes, draws: random.Random) -> bytes:
-        place = data.index(b"PK\x01\x02") + offset
+        place = data.datasets.index(b"PK\x01\x02") + offset
         number = draws.choice((0, 1, 2 ** (8 * size - 1), 2 ** (8 * size) - 1, draws.randrange(2 ** (8 * size))))
         return data[:place] + number.to_bytes(size, "little") + data[place + size :]
 
@@ -198,7 +198,7 @@ def _bomb(root: Path, draws: random.Random) -> None:
     (root / "train_map.txt").write_text(PLAIN_MAP + "bomb.jpg\t0\n")
     if draws.random() < 0.5:
         data = bytearray((root / "train.zip").read_bytes())
-        struct.pack_into("<I", data, data.index(b"PK\x01\x02") + 24, 5000)
+        struct.pack_into("<I", data, data.datasets.index(b"PK\x01\x02") + 24, 5000)
         (root / "train.zip").write_bytes(data)
 
 
@@ -294,12 +294,12 @@ def trees(draw) -> tuple[list[tuple[str, str]], bool, int]:
     return harms, draw(st.booleans()), draw(st.integers(0, 2**32))
 
 
-def run(count: int, seed: int) -> Tally:
+def run(count: int, seed: int) -> Report:
     """`count` data sets: first each harm alone, as far as they reach, then drawn ones."""
-    tally = Tally("data sets and map files", seed)
+    tally = Report("data sets and map files", seed)
     alone = [([harm], bool(seed + number & 1), seed + number) for number, harm in enumerate(ALL)]
     random.Random(seed).shuffle(alone)
-    cases = [*alone[:count], *drawn(trees(), max(1, count - len(alone)), seed)][:count]
+    cases = [*alone[:count], *sample_cases(trees(), max(1, count - len(alone)), seed)][:count]
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["XDG_CACHE_HOME"] = f"{scratch}/cache"
         recipe = write_recipe(Path(scratch))

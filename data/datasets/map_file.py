@@ -1,0 +1,108 @@
+"""Map files: the list of a split's images with their labels, as the zip layout and ImageNet-22K use it.
+
+Two forms are read: lines `path<TAB>label`, and one JSON array of `[path, label]` pairs.
+"""
+
+import json
+import re
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data.datasets.index import Strings
+from utils.errors import UserError
+
+_LINE = re.compile(rb"(.+)\t *(\d{1,9}) *")
+
+
+def read_map(path: Path, num_classes: int | None = None) -> tuple[Strings, np.ndarray]:
+    """Reads the map file `path`.
+
+    Args:
+        num_classes: labels must be below this; None when the labels themselves say how many classes there are.
+
+    Returns:
+        the images' paths, (n,), and their labels, (n,) int32.
+
+    Raises:
+        UserError: missing or empty file, or a line (entry) that is not a path and a label, with its number.
+    """
+    limit = num_classes or 2**31
+    labels = array("i")
+
+    def paths() -> Iterator[str]:
+        for where, image, label in _entries(path):
+            if not 0 <= label < limit:
+                raise UserError(f"{where}: label {label} is not in 0…{limit - 1}. Mend this entry of the map.")
+            if ".." in image.split("/"):
+                raise UserError(f"{where}: {image!r} leads out of the data. Remove this entry, or the '..' in it.")
+            labels.append(label)
+            yield image
+
+    strings = Strings.pack(paths())
+    if not labels:
+        raise UserError(f"{path} lists no images. Expected lines `path<TAB>label`.")
+    return strings, np.array(labels, np.int32)
+
+
+def _entries(path: Path) -> Iterator[tuple[str, str, int]]:
+    """(where it stands, path, label) of each entry."""
+    try:
+        with open(path, "rb") as file:
+            is_json = file.read(64).lstrip()[:1] == b"["
+            file.seek(0)
+            yield from _json_entries(path, file.read()) if is_json else _line_entries(path, file)
+    except FileNotFoundError:
+        raise UserError(f"The map file {path} is missing. It lists the images: lines `path<TAB>label`.") from None
+    except OSError as error:
+        raise UserError(f"The map file {path} cannot be read: {error}") from error
+
+
+def _line_entries(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, str, int]]:
+    for number, line in enumerate(lines, start=1):
+        line = line.strip(b"\r\n")
+        if not line:
+            continue
+        where = f"{path}, line {number}"
+        parts = _LINE.fullmatch(line)
+        if parts is None:
+            raise UserError(f"{where}: expected `path<TAB>label` with a whole number as label, found {line[:100]!r}.")
+        yield where, _name(parts[1], where), int(parts[2])
+
+
+def _json_entries(path: Path, text: bytes) -> Iterator[tuple[str, str, int]]:
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not sound JSON: {error}. Copy the file again.") from error
+    for number, entry in enumerate(entries, start=1):
+        where = f"{path}, entry {number}"
+        match entry:
+            case [str(image), int(label)] if image and not isinstance(label, bool):
+                yield where, _name(image.encode("utf-8", "surrogatepass"), where), label
+            case _:
+                raise UserError(f"{where}: expected [path, label], found {str(entry)[:100]}.")
+
+
+def _name(image: bytes, where: str) -> str:
+    try:
+        return image.decode().strip("/")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: the path is not UTF-8 ({error}). Write the map as UTF-8.") from error
+
+
+def names_from_paths(paths: Strings, labels: np.ndarray) -> list[str] | None:
+    """Class names by label, where the first folder of each image's path names its class, one folder for one label.
+
+    None where that is not so (flat lists, another nesting, a label without an image).
+    """
+    names: dict[int, str] = {}
+    for i, label in enumerate(labels.tolist()):
+        folder, slash, _ = paths[i].partition("/")
+        if not slash or names.setdefault(label, folder) != folder:
+            return None
+    if len(set(names.values())) != len(names) or sorted(names) != list(range(len(names))):
+        return None
+    return [names[label] for label in range(len(names))]

@@ -1,0 +1,41 @@
+"""Counting of a harness: how many cases of what kind came out as they should, and what the others said."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Report:
+    """The cases of one harness so far. `seed` gives them again."""
+
+    name: str
+    seed: int
+    good: Counter = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, what: str, ok: bool, detail: str = "") -> None:
+        """Counts a case of the kind `what`; of one that is not `ok`, `detail` says what went wrong, and with what."""
+        if ok:
+            self.good[what] += 1
+        else:
+            self.failures.append(f"{what}: {detail}")
+
+    def note(self, line: str) -> None:
+        """Something that is to be printed with the counts."""
+        self.notes.append(line)
+
+    @property
+    def count(self) -> int:
+        return sum(self.good.values()) + len(self.failures)
+
+    def lines(self) -> list[str]:
+        """What is printed: the counts by kind, the seed and the time; and each failure."""
+        minutes = (time.monotonic() - self.started) / 60
+        head = f"{self.name}: {self.count - len(self.failures)} of {self.count} as they should be"
+        kinds = [f"  {number:5d}  {what}" for what, number in sorted(self.good.items())]
+        failed = [f"  FAILED {failure}" for failure in self.failures]
+        notes = [f"  {note}" for note in self.notes]
+        return [f"{head} (seed {self.seed}, {minutes:.1f} minutes)", *kinds, *notes, *failed]

@@ -1,0 +1,148 @@
+"""The harnesses of tests/faults in their short form: a few trials of each fault; and the parts that they rest on."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.loader.sampler import StreamSampler
+from engine.resume import suggest_batch_flags
+from utils.checkpoint.async_saver import AsyncCheckpointer
+from utils.checkpoint.io import CheckpointFolder, read_checkpoint
+from utils.distributed import heartbeat
+from utils.distributed.heartbeat import Heartbeat
+from utils.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["kill", "elastic", "preempt", "hang", "nonfinite", "lock", "memory"]
+
+
+def harnesses(*words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults", *words], cwd=ROOT, capture_output=True, text=True, timeout=3000
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.timeout(900)  # seconds on a machine of one's own: 40
+def test_every_fault_in_short():
+    """One process forks all runs of all harnesses, so that PyTorch is imported once."""
+    said = harnesses(*SHORT, "--short")
+    heads = re.findall(r"^(.+): (\d+) of (\d+) as they should be", said, re.MULTILINE)
+    assert len(heads) == len(SHORT) and all(good == count != "0" for _, good, count in heads), said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("words", [("kill", "--count", "40"), ("torchrun", "--count", "3"), ("hang", "--count", "10")])
+def test_more_of_the_slow_ones(words: tuple[str, ...]):
+    harnesses(*words)
+
+
+def contents(value: float, size: int = 3) -> dict:
+    return {"model": {"w": torch.full((size,), value)}, "state": {"samples": int(value)}}
+
+
+def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path: Path):
+    """Training goes on in the same tensors while the thread writes."""
+    saver = AsyncCheckpointer(CheckpointFolder(tmp_path, keep=0))
+    now = contents(1.0, size=100_000)
+    for number in range(2, 20):
+        saver.save(now, epoch=number)
+        now["model"]["w"].fill_(number)
+    saver.finish()
+    saver.close()
+    for number in range(2, 20):
+        saved = read_checkpoint(str(tmp_path / f"epoch_{number:04d}.pth"))["model"]["w"]
+        assert saved.eq(number - 1).all()
+
+
+def test_a_failed_write_is_said_training_goes_on_and_the_best_is_made_up_for(tmp_path: Path, caplog, monkeypatch):
+    folder = CheckpointFolder(tmp_path, keep=0)
+    saver = AsyncCheckpointer(folder)
+    saver.save(contents(1), best=True)
+    saver.wait()
+    write = CheckpointFolder.save
+
+    def full(*args, **kwargs):
+        raise UserError("last.pth: could not be written (No space left on device)")
+
+    monkeypatch.setattr(CheckpointFolder, "save", full)
+    saver.save(contents(2), best=True)
+    saver.save(contents(3))
+    with pytest.raises(UserError, match="No space left"):
+        saver.finish()
+    assert caplog.text.count("Training goes on, and the next save tries again") == 2
+    assert read_checkpoint(str(folder.last))["state"]["samples"] == 1
+    monkeypatch.setattr(CheckpointFolder, "save", write)
+    saver.save(contents(4))
+    saver.finish()
+    saver.close()
+    assert read_checkpoint(str(folder.last))["state"]["samples"] == 4
+    assert read_checkpoint(str(folder.best))["state"]["samples"] == 2
+
+
+def test_a_fault_of_the_program_in_the_writing_thread_is_not_swallowed(tmp_path: Path):
+    saver = AsyncCheckpointer(CheckpointFolder(tmp_path, keep=0))
+    saver.save({"model": threading.Lock()})  # cannot be pickled
+    with pytest.raises(TypeError):
+        saver.wait()
+    saver.close()
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "batch_size", "processes", "expected"),
+    [
+        (1024, 128, 4, "--accumulation-steps 2"),
+        (1024, 128, 16, "--batch-size 64 --accumulation-steps 1"),
+        (96, 16, 4, "--batch-size 12 --accumulation-steps 2"),
+        (1024, 128, 3, "start 2 or 4 of them"),
+        (6, 2, 4, "start 3 or 6 of them"),
+    ],
+)
+def test_how_the_global_batch_is_held(global_batch: int, batch_size: int, processes: int, expected: str):
+    said = suggest_batch_flags(global_batch, batch_size, processes)
+    assert expected in said
+    if found := re.search(r"(?:--batch-size (\d+) )?--accumulation-steps (\d+)", said):
+        assert int(found[1] or batch_size) * int(found[2]) * processes == global_batch
+
+
+def test_finding_the_place_in_an_epoch_of_imagenet_takes_no_second():
+    import time
+
+    n, batch = 1_281_167, 128
+    start = (7 * n + n // 2) // batch * batch
+    began = time.process_time()
+    keys = next(iter(StreamSampler(n, 0, batch, 0, 1, start, start + 100 * batch)))
+    assert len(keys) == batch and time.process_time() - began < 1.0
+
+
+def test_the_lost_are_named_by_what_two_looks_at_their_pulses_tell():
+    def beat(beats: int, left: str | None = None) -> dict:
+        return {"who": "process 7 on node", "beats": beats, "at": "engine/train_step.py:5", "left": left}
+
+    dead = heartbeat._describe([beat(3), beat(3), beat(3)], [beat(9, ""), beat(3), beat(9)])
+    assert dead.startswith("rank 1 (process 7 on node) was killed or stopped")
+    hung = heartbeat._describe([beat(3), beat(3)], [beat(9, ""), beat(9)])
+    assert hung == "rank 1 (process 7 on node) hangs at engine/train_step.py:5"
+    ended = heartbeat._describe([beat(3), beat(3)], [beat(9, ""), beat(4, "UserError: no room")])
+    assert ended == "rank 1 (process 7 on node) ended: UserError: no room"
+    assert "connection" in heartbeat._describe([beat(3), beat(3)], [beat(9, ""), beat(9, "")])
+
+
+def test_a_pulse_tells_where_its_process_stands(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    mine = Heartbeat(store, 0, 1)
+    beat = mine._read()[0]
+    assert f"process {os.getpid()} on " in beat["who"] and beat["at"].startswith("tests/faults/test_faults.py:")
+    mine.stop("UserError: why")
+    assert mine._read()[0]["left"] == "UserError: why" and not mine._thread.is_alive()
+    json.dumps(beat)

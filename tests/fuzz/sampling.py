@@ -1,0 +1,35 @@
+"""Drawing cases with hypothesis, by a seed."""
+
+from typing import TypeVar
+
+import hypothesis
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.strategies import SearchStrategy
+
+Case = TypeVar("Case")
+
+
+def sample_cases(strategy: SearchStrategy[Case], count: int, seed: int) -> list[Case]:
+    """`count` cases; the same ones for the same seed and version of hypothesis. All of them are looked at, whatever
+    becomes of the first, so hypothesis only draws."""
+    cases: list[Case] = []
+    seen: set[str] = set()
+
+    @hypothesis.seed(seed)
+    @settings(
+        max_examples=20 * count,
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @hypothesis.given(strategy)
+    def draw(case: Case) -> None:
+        if len(cases) < count and (shown := repr(case)) not in seen:
+            seen.add(shown)
+            cases.append(case)
+
+    draw()
+    if len(cases) < count:
+        raise RuntimeError(f"only {len(cases)} of {count} cases could be drawn")
+    return cases

@@ -1,0 +1,29 @@
+"""Bad input in short; the long form is `python -m tests.fuzz`, and docs/reports/FAULTS.md has its figures."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def fuzz(*words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz", *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_bad_input_in_short():
+    fuzz("--short")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", ["images", "configs", "trees", "checkpoints"])
+def test_bad_input_at_length(kind: str):
+    fuzz(kind, "--seed", "3")

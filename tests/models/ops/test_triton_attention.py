@@ -1,0 +1,232 @@
+"""The Triton kernels of window attention against its definition: on a GPU, or by Triton's interpreter where there is
+none. The interpreter has to be chosen before Triton is imported, so `test_by_the_interpreter` starts these tests again,
+in a process of their own; by hand that is `TRITON_INTERPRET=1 python -m pytest tests/models/ops/test_triton_attention.py`.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from models.ops import dispatch as ops
+from models.ops import triton_check
+from models.ops.spec import AttentionSpec
+from tests._attention import Use, assert_right, results
+from tests._swin import assert_same_gradients, logits_and_gradients, small, spread
+from tests._swin_v2 import small_v2, spread_v2
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+attend = functools.partial(ops.window_attention, impl="triton")
+
+
+def kernels(*marks):
+    """For tests that run the kernels: all marked gpu, but started by the interpreter as well."""
+
+    def mark(test):
+        for each in marks if INTERPRETED else (*marks, pytest.mark.gpu):
+            test = each(test)
+        return pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")(test)
+
+    return mark
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_by_the_interpreter(which: str):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", which, __file__]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
+    assert passed >= (14 if which == "not slow" else 12), done.stdout
+
+
+USES = [
+    Use(3, (6, 3), False, width=8),
+    Use(4, (7, 6), True, heads=1, images=3),  # padded, an odd number of images
+    Use(3, (7, 6), True, cosine=True, width=24),  # a width that is no power of 2
+    Use(4, (3, 9), True, cosine=True, heads=1),  # a single window along one axis
+]
+LARGE = [  # more than 64 tokens: in several tiles
+    Use(9, (9, 11), True, heads=1, images=1),
+    Use(12, (11, 12), True, cosine=True, heads=1, images=1),
+]
+
+
+@kernels()
+@pytest.mark.parametrize("use", USES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_and_gradients(use: Use, dtype: torch.dtype):
+    assert_right(attend, use, dtype, DEVICE)
+
+
+@kernels()
+@pytest.mark.parametrize("use", LARGE, ids=str)
+def test_large_windows(use: Use):
+    assert_right(attend, use, torch.float16 if use.cosine else torch.float32, DEVICE)
+
+
+@kernels(pytest.mark.slow)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "use",
+    [
+        Use(7, (14, 14), True, width=32),
+        Use(8, (16, 9), True, cosine=True, width=64, heads=1),
+        Use(12, (24, 13), True, width=32, heads=1, images=1),
+        Use(16, (16, 17), True, cosine=True, width=32, heads=1, images=1),
+    ],
+    ids=str,
+)
+def test_windows_of_the_papers(use: Use, dtype: torch.dtype):
+    assert_right(attend, use, dtype, DEVICE)
+
+
+@kernels()
+@pytest.mark.parametrize("use", [USES[1], LARGE[0]], ids=str)
+def test_the_same_bits_every_time(use: Use):
+    """The gradient of the bias is a sum over windows: its order must not depend on which program is done first."""
+    first, second = (results(attend, use, torch.bfloat16, DEVICE) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@kernels()
+@pytest.mark.parametrize(
+    "scales", [pytest.param(None, marks=pytest.mark.slow), torch.tensor([3.0, 7.0])], ids=["products", "cosines"]
+)
+def test_is_an_operator_that_pytorch_can_trace(scales: torch.Tensor | None):
+    from models.ops.triton_attention import attend as operator
+
+    qkv = torch.randn(1, 5, 4, 3, 2, 8, device=DEVICE, requires_grad=True)
+    bias = torch.randn(2, 9, 9, device=DEVICE, requires_grad=True)
+    if scales is not None:
+        scales = scales.to(DEVICE).requires_grad_()
+    torch.library.opcheck(operator, (qkv, bias, scales, 0.3, 3, 1, 1))
+
+
+def models(version: int, img_size: int = 16):
+    """Two with the same weights, by the reference in float64 and by the kernels; of their blocks one is shifted."""
+    pair = []
+    for attn in ("reference", "triton"):
+        arguments = {"img_size": img_size, "window_size": 2, "depths": (2,), "num_heads": (2,), "attn": attn}
+        model = spread(small(**arguments)) if version == 1 else spread_v2(small_v2(**arguments), past_limit=2.0)
+        pair.append(model.to(DEVICE))
+    return pair[0].double(), pair[1]
+
+
+@kernels()
+@pytest.mark.parametrize("version", [1, 2])
+def test_whole_model(version: int):
+    """Logits and every gradient, shifted blocks and maps that are padded included."""
+    right, model = models(version)
+    images = torch.randn(1, 3, 15, 12, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected, expected_gradients = logits_and_gradients_on(right, images.double())
+    logits, gradients = logits_and_gradients_on(model, images)
+    torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=0)
+    assert_same_gradients(gradients, expected_gradients, tolerance=2e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images).double(), expected, atol=1e-5, rtol=0)
+
+
+@kernels(pytest.mark.slow)
+@pytest.mark.parametrize("version", [1, 2])
+def test_compiles_without_a_break(version: int):
+    _, model = models(version)
+    images = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected, expected_gradients = logits_and_gradients_on(model, images)
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    logits, gradients = logits_and_gradients_on(compiled, images)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert_same_gradients({n.removeprefix("_orig_mod."): g for n, g in gradients.items()}, expected_gradients)
+
+
+def logits_and_gradients_on(model: torch.nn.Module, images: torch.Tensor):
+    """As `logits_and_gradients`, brought to the CPU."""
+    with torch.device(DEVICE) if DEVICE == "cuda" else torch.autograd.enable_grad():
+        logits, gradients = logits_and_gradients(model, images)
+    return logits.cpu(), {name: gradient.cpu() for name, gradient in gradients.items()}
+
+
+@kernels()
+@pytest.mark.skipif(INTERPRETED, reason="torch.autocast on the CPU is not what a GPU does")
+def test_chosen_on_a_gpu_under_autocast(caplog):
+    ops._log_once.cache_clear()
+    caplog.set_level(logging.INFO)
+    _, model = models(1)
+    for block in model.layers[0].blocks:
+        block.attn.impl = "auto"
+    with torch.autocast("cuda", torch.bfloat16):
+        model(torch.randn(2, 3, 16, 16, device="cuda")).sum().backward()
+    assert "Window attention for training on cuda: triton (asked for: auto)" in caplog.text
+
+
+CASE = AttentionSpec("cpu", torch.float32, 2, 8, False, True, False, True)
+
+
+@kernels()
+def test_the_kernels_are_tried_before_they_are_relied_upon(monkeypatch):
+    from models.ops import triton_attention
+
+    case = CASE._replace(device=DEVICE)
+    state = torch.random.get_rng_state()
+    assert triton_check.fault(case._replace(cosine=True)) == ""
+    assert torch.equal(torch.random.get_rng_state(), state)
+    right = triton_attention.window_attention
+    monkeypatch.setattr(triton_attention, "window_attention", lambda *given: right(*given) * 1.01)
+    assert re.fullmatch("its kernels are wrong on this machine: relative error 1.0e-02 .*", triton_check.fault(case))
+    monkeypatch.setattr(triton_attention, "window_attention", lambda *given: right(*given) * float("nan"))
+    assert "wrong" in triton_check.fault(case)
+
+    def broken(*given):
+        raise RuntimeError("ptxas died")
+
+    monkeypatch.setattr(triton_attention, "window_attention", broken)
+    assert triton_check.fault(case) == "its kernels fail on this machine (RuntimeError)"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float64}, "it has no torch.float64"),
+        ({"window": 17}, "a window has 289 tokens, more than 256"),
+        ({"width": 80}, "a head is 80 wide, more than 64"),
+        ({"dropout": True}, "no dropout.*MODEL.ATTN_DROP_RATE"),
+        ({"cyclic": False}, "not cut by a cyclic shift"),
+    ],
+)
+def test_what_cannot_be_done_is_said(changes: dict, reason: str):
+    from models.ops import triton_attention
+
+    if not INTERPRETED:
+        assert "it runs on CUDA devices, not on cpu" in triton_check.unsupported_reason(CASE)
+    else:
+        assert triton_check.unsupported_reason(CASE) == ""
+        assert re.search(reason, triton_attention.unsupported(CASE._replace(**changes)))
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(triton_check.importlib.util, "find_spec", lambda name: None)
+    triton_check.unsupported_reason.cache_clear()
+    assert triton_check.unsupported_reason(CASE) == "Triton is not installed (PyTorch brings it along on Linux)"
+    triton_check.unsupported_reason.cache_clear()
+
+
+def test_bytes_are_counted_without_a_gpu():
+    """The kernels move what nobody can avoid; the shift costs them nothing, and SDPA a mask for every image."""
+    from benchmarks.window_attention import STAGES, Use, counted
+
+    floor = Use(STAGES[2], False, "reference", 3, "cpu").floor()
+    triton, shifted = (counted(STAGES[2], shift, "triton", 3) for shift in (False, True))
+    sdpa, sdpa_shifted = (counted(STAGES[2], shift, "sdpa", 3) for shift in (False, True))
+    assert triton == shifted == floor
+    assert sdpa[0] > 1.5 * floor[0] and sdpa_shifted[0] > 2 * sdpa[0] and sdpa[1] > 1.5 * floor[1]

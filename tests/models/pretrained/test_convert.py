@@ -1,0 +1,287 @@
+"""Weights made by timm, torchvision and transformers: the same function here, and back again bit for bit."""
+
+import itertools
+
+import pytest
+import torch
+from timm.models.swin_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from models.pretrained.convert import (
+    DERIVED,
+    LAYOUTS,
+    detect_format,
+    from_original,
+    strip_prefix,
+    to_original,
+    version_of,
+)
+from models.pretrained.load import load_weights
+from models.swin_mlp import SwinMLP
+from models.swin_transformer import SwinTransformer
+from tests._origins import RELEASED, SMALL, Case, logits_of
+from tests._swin import small, spread
+from utils.errors import UserError
+
+
+def case_of(origin: str, version: int) -> Case:
+    return next(case for case in SMALL if (case.origin, case.version) == (origin, version))
+
+
+def original_form(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return to_original(strip_prefix(weights))
+
+
+def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+def learnt(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if name.rpartition(".")[2] not in DERIVED}
+
+
+def check(case: Case) -> None:
+    """DetectedFormat, the same logits to 1e-5, and there and back the same bits."""
+    theirs, ours = case.theirs(), case.ours()
+    weights = dict(theirs.state_dict())
+    layout, _ = detect_format(weights)
+    assert layout.origin == case.origin and version_of(weights) == case.version
+    report = load_weights(ours, weights)
+    assert report.layout == case.origin and not report.initialised and not report.resized
+    images = case.images()
+    torch.testing.assert_close(logits_of(ours, images), logits_of(theirs, images), atol=1e-5, rtol=0)
+    there = original_form(weights)
+    assert_same_bits(learnt(there), dict(ours.state_dict()))
+    assert_same_bits(from_original(there, layout), weights)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=Case.name)
+def test_same_function_and_back(case: Case):
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("timm", img_size=96, window_size=12, depths=(2, 2), num_heads=(2, 4)),  # 24 × 24 and 12 × 12 tokens
+        Case("hf", img_size=96, window_size=12, depths=(2, 2), num_heads=(2, 4), num_classes=21841),
+        Case("torchvision", embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), img_size=224, window_size=7),
+        *(
+            Case(origin, 2, img_size=64, window_size=8, depths=(2, 2), num_heads=(2, 4), pretrained_window_sizes=(4, 4))
+            for origin in ("timm", "hf")
+        ),
+    ],
+    ids=Case.name,
+)
+def test_other_windows_and_heads(case: Case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RELEASED, ids=Case.name)
+def test_every_released_size(case: Case):
+    check(case)
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.permutations(LAYOUTS, 2)))
+@pytest.mark.parametrize("version", [1, 2])
+def test_any_layout_through_any_other(one: str, other: str, version: int):
+    """From one layout to another and back: nothing is lost, whichever lies between."""
+    if version == 2 and "hf5" in (one, other):
+        pytest.skip("Swin V2 is spelt in one way in all releases of transformers")
+    original = dict(spread(case_of("timm", version).ours()).state_dict())
+    first = from_original(original, LAYOUTS[one], window=4)
+    between = from_original(original_form(first), LAYOUTS[other], window=4)
+    assert detect_format(between)[0] is LAYOUTS[other]
+    back = from_original(original_form(between), LAYOUTS[one], window=4)
+    # The original's files may have the buffers that torchvision's must have: those that came on the way stay.
+    assert_same_bits(learnt(back) if one == "original" else back, first)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_their_models_take_what_is_converted(version: int):
+    """Strictly: torchvision's buffers are computed here, exactly as it computes them."""
+    for origin, name in (("timm", "timm"), ("torchvision", "torchvision"), ("hf", "hf5" if version == 1 else "hf")):
+        case = case_of(origin, version)
+        ours, theirs = spread(case.ours()), case.theirs()
+        buffers = {name: value for name, value in theirs.state_dict().items() if name.endswith(DERIVED)}
+        converted = from_original(ours.state_dict(), LAYOUTS[name], window=4)
+        assert_same_bits({key: converted[key] for key in buffers}, buffers)
+        theirs.load_state_dict(converted, strict=True)
+        images = case.images()
+        torch.testing.assert_close(logits_of(theirs, images), logits_of(ours, images), atol=1e-5, rtol=0)
+
+
+def test_timm_reads_the_original_layout_as_we_do():
+    theirs = case_of("timm", 1).theirs()
+    weights = dict(theirs.state_dict())
+    assert_same_bits(checkpoint_filter_fn(original_form(weights), theirs), weights)
+
+
+def test_half_precision_stays():
+    weights = {name: value.bfloat16() for name, value in case_of("hf", 1).theirs().state_dict().items()}
+    assert_same_bits(from_original(original_form(weights), LAYOUTS["hf5"]), weights)
+
+
+def test_files_of_transformers_before_release_5():
+    """Their names, the indices that they hold, and a backbone without classifier."""
+    case = case_of("hf", 1)
+    weights = from_original(case.ours().state_dict(), LAYOUTS["hf"])
+    index = torch.arange(256).reshape(16, 16)
+    tables = [name for name in weights if name.endswith("relative_position_bias_table")]
+    older = weights | {name.replace("bias_table", "index"): index for name in tables}
+    assert "swin.encoder.layers.0.blocks.1.attention.self.relative_position_index" in older
+    there = original_form(older)
+    assert_same_bits(from_original(there, LAYOUTS["hf"], keep_derived=True), older)
+    assert_same_bits(from_original(there, LAYOUTS["hf"]), weights)
+    assert load_weights(case.ours(), older).layout == "hf"
+
+    headless = {name.removeprefix("swin."): value for name, value in weights.items() if "classifier" not in name}
+    assert "layernorm.weight" in headless
+    assert_same_bits(from_original(original_form(headless), LAYOUTS["hf"]), headless)
+    report = load_weights(case.ours(), headless)
+    assert [entry.split()[0] for entry in report.initialised] == ["head.weight", "head.bias"]
+
+
+def test_derived_buffers_of_the_original_and_of_older_timm():
+    released = dict(case_of("timm", 1).ours().state_dict())
+    released["layers.0.blocks.1.attn_mask"] = torch.zeros(16, 16, 16)
+    released["layers.0.blocks.1.attn.relative_position_index"] = torch.zeros(16, 16, dtype=torch.long)
+    assert_same_bits(from_original(original_form(released), LAYOUTS["original"]), released)
+    assert not any(name.endswith(DERIVED) for name in from_original(released, LAYOUTS["timm"]))
+    older = from_original(released, LAYOUTS["timm"], keep_derived=True)
+    assert_same_bits(original_form(older), released)
+
+
+def test_key_bias_of_torchvision_has_no_effect_and_is_kept():
+    case = case_of("torchvision", 2)
+    theirs = spread(case.theirs())  # key biases that are not zero
+    weights = dict(theirs.state_dict())
+    assert weights["features.1.0.attn.qkv.bias"].chunk(3)[1].all()
+    there = original_form(weights)
+    assert_same_bits(from_original(there, LAYOUTS["torchvision"]), weights)
+    ours = case.ours()
+    report = load_weights(ours, weights)
+    assert sum("k_bias (cosine attention has no key bias" in entry for entry in report.dropped) == sum(case.depths)
+    images = case.images()
+    torch.testing.assert_close(logits_of(ours, images), logits_of(theirs, images), atol=1e-5, rtol=0)
+    theirs = case_of("timm", 2).theirs()
+    theirs.load_state_dict(from_original(there, LAYOUTS["timm"]), strict=True)
+
+
+# Recognition ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.", "encoder.", "module.model.", "_orig_mod."])
+@pytest.mark.parametrize("case", SMALL, ids=Case.name)
+def test_prefixes_are_found(case: Case, prefix: str):
+    weights = dict(case.theirs().state_dict())
+    found = strip_prefix({prefix + name: value for name, value in weights.items()})
+    assert found.prefix == prefix and found.layout.origin == case.origin
+    expected = original_form(weights)
+    assert_same_bits(to_original(found), expected)
+
+
+def test_classifier_outside_the_prefix():
+    """As a classifier on a backbone has it; `module.` may stand before both."""
+    weights = dict(spread(small()).state_dict())
+    for outer in ("", "module."):
+        named = {outer + ("" if name.startswith("head") else "backbone.") + name: v for name, v in weights.items()}
+        model = small()
+        assert not load_weights(model, named).initialised
+        assert_same_bits(dict(model.state_dict()), weights)
+
+
+def test_a_few_weights_beside_the_model_are_dropped_and_many_refused():
+    weights = {f"encoder.{name}": value for name, value in spread(small()).state_dict().items()}
+    size = sum(value.numel() for value in weights.values())
+    report = load_weights(small(), {**weights, "decoder.0.bias": torch.zeros(size // 20)})
+    assert report.dropped == ["decoder.0.bias (beside the model)"]
+    with pytest.raises(UserError, match=r"9\d\.\d% of the parameters have(.|\n)*decoder.0.bias is not in the model"):
+        load_weights(small(), {**weights, "decoder.0.bias": torch.zeros(size // 15)})
+
+
+def test_several_models_in_one_file_are_refused():
+    weights = small().state_dict()
+    both = {f"{prefix}.{name}": value for prefix in ("student", "teacher") for name, value in weights.items()}
+    with pytest.raises(UserError, match="run.pth: there are several models, under 'student.' and 'teacher.'"):
+        load_weights(small(), both, source="run.pth")
+    twice = {**{f"model.{name}": value for name, value in weights.items()}, "norm.bias": weights["norm.bias"]}
+    with pytest.raises(UserError, match="twice, with and without the prefix 'model.'"):
+        load_weights(small(), twice)
+
+
+def test_timm_without_classifier_is_told_from_the_original():
+    original = small(num_classes=0).state_dict()
+    assert detect_format(original)[0].name == "original"
+    assert detect_format(from_original(original, LAYOUTS["timm"]))[0].name == "timm"
+    assert detect_format({"stem.conv.weight": 0, "layers.0.weight": 1}) == (None, "")
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_incomplete_is_refused_by_name():
+    weights = dict(case_of("hf", 1).theirs().state_dict())
+    lost = "swin.encoder.layers.1.blocks.0.attention.k_proj.weight"
+    del weights[lost]
+    with pytest.raises(UserError) as error:
+        load_weights(case_of("hf", 1).ours(), weights, source="model.safetensors")
+    for words in (
+        "model.safetensors (layout: hf): do not fit the model",
+        "encoder.layers.1.blocks.0.attention.q_proj.weight is not in the model",
+        "layers.1.blocks.0.attn.qkv.weight is missing",
+        "% of the parameters",
+    ):
+        assert words in str(error.value)
+    weights[lost] = torch.zeros(3, 3)  # does not go with queries and values
+    with pytest.raises(UserError, match=r"layers.1.blocks.0.attn.qkv.weight is missing"):
+        load_weights(case_of("hf", 1).ours(), weights)
+    case = case_of("torchvision", 1)
+    with pytest.raises(UserError, match="layout: torchvision(.|\n)*head.extra is not in the model"):
+        load_weights(case.ours(), dict(case.theirs().state_dict()) | {"head.extra": torch.zeros(1)})
+
+
+def test_models_of_timm_take_weights_of_any_layout():
+    theirs, model = case_of("torchvision", 1).theirs(), case_of("timm", 1).theirs()
+    nn.init.zeros_(model.norm.weight)
+    report = load_weights(model, theirs.state_dict())
+    assert report.layout == "torchvision" and not report.initialised
+    images = case_of("timm", 1).images()
+    torch.testing.assert_close(logits_of(model, images), logits_of(theirs, images), atol=1e-5, rtol=0)
+
+
+def test_another_window_of_v2_is_said():
+    case = case_of("torchvision", 2)
+    wider = Case("torchvision", 2, window_size=8, pretrained_window_sizes=(4, 4, 4)).ours()
+    report = load_weights(wider, case.theirs().state_dict())
+    said = [entry for entry in report.dropped if "windows of 4 there, 8 here" in entry]
+    assert len(said) == sum(case.depths[:2])  # the last stage's window shrinks to its map of 4 × 4
+    assert all("PRETRAINED_WINDOW_SIZES" in entry for entry in said)
+
+
+# What other libraries lack -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision", "hf", "hf5"])
+def test_what_has_no_counterpart_is_refused(name: str):
+    layout = LAYOUTS[name]
+    tiny = {"img_size": 32, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "window_size": 4, "num_classes": 3}
+    with pytest.raises(UserError, match="spatial_mlp.*Swin-MLP"):
+        from_original(SwinMLP(**tiny).state_dict(), layout)
+    for ablation in ("none", "alone"):
+        with pytest.raises(UserError, match="ablation"):
+            from_original(SwinTransformer(**tiny, relative=ablation).state_dict(), layout)
+    strange = {**small().state_dict(), "neck.weight": torch.zeros(2)}
+    with pytest.raises(UserError, match="neck.weight"):
+        from_original(strange, layout)
+
+
+def test_torchvision_needs_the_window_of_v2():
+    original = case_of("timm", 2).ours().state_dict()
+    with pytest.raises(UserError, match="--window-size"):
+        from_original(original, LAYOUTS["torchvision"])
+    with pytest.raises(UserError, match="absolute_pos_embed"):
+        from_original(small(ape=True).state_dict(), LAYOUTS["torchvision"])

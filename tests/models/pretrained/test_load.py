@@ -1,0 +1,208 @@
+"""Given weights put into a model: what is loaded, resized, dropped, initialised; and what is refused."""
+
+import hashlib
+
+import pytest
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.pretrained.load import LoadReport, imagenet_22k_rows, load_weights
+from tests._swin import small, spread
+from utils.errors import UserError
+
+IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+TABLE = "layers.0.blocks.1.attn.relative_position_bias_table"
+SYNSETS = ImageNetInfo("imagenet-1k").label_names()
+
+
+def weights_of(**arguments) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in spread(small(**arguments)).state_dict().items()}
+
+
+def test_same_architecture_is_loaded_whole():
+    source = spread(small())
+    model = small()
+    report = load_weights(model, source.state_dict())
+    assert torch.equal(model(IMAGE), source(IMAGE))
+    assert report.loaded and set(report.loaded) == set(source.state_dict())
+    assert not (report.resized or report.dropped or report.initialised)
+
+
+def test_given_tensors_are_neither_changed_nor_shared():
+    given = weights_of()
+    before = {name: value.clone() for name, value in given.items()}
+    model = small()
+    load_weights(model, given)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(given[name], before[name]) for name in before)
+
+
+def test_half_weights_are_loaded_in_the_type_of_the_model():
+    model = small(window_size=2)
+    load_weights(model, {name: value.half() for name, value in weights_of().items()})
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_derived_buffers_are_dropped_whatever_their_size():
+    derived = {
+        "layers.0.blocks.0.attn.relative_position_index": torch.zeros(9, 9, dtype=torch.long),
+        "layers.0.blocks.1.attn_mask": torch.zeros(64, 2, 2),
+        "layers.1.blocks.0.attn_mask": None,  # as the original registers it where nothing is shifted
+        "layers.0.blocks.0.attn.relative_coords_table": torch.zeros(1, 3, 3, 2),
+    }
+    source = weights_of()
+    model = small()
+    report = load_weights(model, {**source, **derived})
+    assert [entry.split()[0] for entry in report.dropped] == list(derived)
+    assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("window", [2, 3, 8])
+def test_bias_tables_are_resized_head_by_head(window: int):
+    given, model = weights_of(), small(window_size=window)
+    report = load_weights(model, given)
+    side = 2 * min(window, 8) - 1
+    table = model.state_dict()[TABLE]
+    assert table.shape == (side**2, 2)
+    for head in range(2):
+        square = given[TABLE][:, head].reshape(1, 1, 7, 7)
+        expected = F.interpolate(square, size=(side, side), mode="bicubic", align_corners=False)
+        torch.testing.assert_close(table[:, head], expected.flatten(), atol=1e-6, rtol=0)
+    assert f"{TABLE} (49x2 -> {side**2}x2, bicubic)" in report.resized
+    assert all("bias_table" in entry for entry in report.resized)
+
+
+def test_resizing_keeps_offsets_apart():
+    """A table that says nothing but how far below a key lies says the same in a larger window; no axes swapped."""
+    given, model = weights_of(), small(window_size=8)
+    downwards = torch.linspace(-3, 3, 7).repeat_interleave(7)
+    given[TABLE] = torch.stack([downwards, -downwards], dim=1)
+    load_weights(model, given)
+    bias = model.layers[0].blocks[1].attn.relative_position_bias().detach()  # (2, 64, 64)
+    same_row = bias[0].reshape(8, 8, 8, 8)
+    assert (same_row.std(dim=(1, 3)) < 1e-5).all()  # the same for all columns of query and key
+    assert (same_row.mean(dim=(1, 3)).diff(dim=0) > 0).all()  # grows with the query's row
+    torch.testing.assert_close(bias[1], -bias[0])
+
+
+def test_absolute_embeddings_are_resized():
+    given, model = weights_of(ape=True), small(ape=True, img_size=48)
+    report = load_weights(model, given)
+    grid = given["absolute_pos_embed"].reshape(1, 8, 8, 16).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, size=(12, 12), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+    torch.testing.assert_close(model.absolute_pos_embed.detach().reshape(1, 12, 12, 16), expected, atol=1e-6, rtol=0)
+    assert "absolute_pos_embed (1x64x16 -> 1x144x16, bicubic)" in report.resized
+
+
+def test_rows_of_the_22k_head():
+    """Pinned: the rows of the released 22K heads that the released 1K heads were made from, in order."""
+    rows = imagenet_22k_rows(SYNSETS)
+    assert len(set(rows)) == 1000 and min(rows) >= 0 and max(rows) < 21841
+    assert rows[:3] == [359, 368, 460] and rows[-1] == 21817
+    digest = hashlib.sha256(",".join(map(str, rows)).encode()).hexdigest()
+    assert digest == "f13a699f4700a41e9b5c942096975bcffd36c071f390c71bdf8ec62c2a8ee0ca"
+
+
+@pytest.mark.parametrize("names", [None, SYNSETS, SYNSETS[::-1]], ids=["unnamed", "sorted", "reversed"])
+def test_22k_head_becomes_1k_head_by_class(names: list[str] | None):
+    given, model = weights_of(num_classes=21841), small(num_classes=1000)
+    report = load_weights(model, given, names)
+    rows = imagenet_22k_rows(SYNSETS)
+    rows = rows[::-1] if names and names[0] != SYNSETS[0] else rows
+    assert torch.equal(model.head.weight, given["head.weight"][rows])
+    assert torch.equal(model.head.bias, given["head.bias"][rows])
+    assert [entry.split()[:4] for entry in report.resized] == [
+        ["head.weight", "(21841x32", "->", "1000x32,"],
+        ["head.bias", "(21841", "->", "1000,"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given_classes", "own_classes", "names"),
+    [
+        (5, 7, None),
+        (1000, 10, None),
+        (21843, 1000, None),  # Google's list, another order
+        (21841, 500, None),
+        (21841, 1000, [f"class {i}" for i in range(1000)]),  # a thousand others
+    ],
+)
+def test_other_classes_get_a_fresh_head(given_classes: int, own_classes: int, names: list[str] | None):
+    given, model = weights_of(num_classes=given_classes), small(num_classes=own_classes)
+    report = load_weights(model, given, names)
+    assert not model.head.weight.any() and not model.head.bias.any()
+    assert model.head.weight.shape == (own_classes, 32)
+    assert report.initialised == [
+        f"head.weight ({given_classes}x32 -> {own_classes}x32, other classes: starts from zeros)",
+        f"head.bias ({given_classes} -> {own_classes}, other classes: starts from zeros)",
+    ]
+    assert torch.equal(model.norm.weight, given["norm.weight"])
+
+
+def test_weights_without_a_head_leave_the_models_as_initialised():
+    model = small()
+    weight = model.head.weight.clone()
+    report = load_weights(model, weights_of(num_classes=0))
+    assert torch.equal(model.head.weight, weight)
+    assert [entry.split()[0] for entry in report.initialised] == ["head.weight", "head.bias"]
+
+
+def test_a_model_without_a_head_drops_the_given():
+    report = load_weights(small(num_classes=0), weights_of())
+    assert [entry.split()[0] for entry in report.dropped] == ["head.weight", "head.bias"]
+
+
+def refused(model, given: dict, *words: str) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        load_weights(model, given)
+    for word in (*words, "MODEL.SWIN", "--pretrained"):
+        assert word in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_anything_unexpected_is_refused_and_nothing_loaded():
+    given = weights_of()
+    without = {name: value for name, value in given.items() if name not in ("norm.weight", "norm.bias")}
+    refused(small(), without, "norm.weight is missing", "norm.bias is missing")
+    refused(small(), {}, "patch_embed.proj.weight is missing", "more")
+    refused(small(), {**given, "neck.weight": torch.zeros(3)}, "neck.weight is not in the model")
+    refused(small(), {**given, "norm.bias": torch.zeros(33)}, "norm.bias has shape 33, the model has 32")
+    refused(small(), {**given, "norm.bias": 3}, "norm.bias is int, not a tensor")
+    refused(small(), {**given, "norm.bias": torch.zeros(32, dtype=torch.int8)}, "norm.bias is torch.int8")
+    refused(small(), {**given, "head.weight": "evil"}, "head.weight is str")
+    refused(small(), weights_of(ape=True), "absolute_pos_embed is not in the model")
+    refused(small(ape=True), given, "absolute_pos_embed is missing")
+
+
+def test_tables_that_no_rule_fits_are_refused():
+    given = weights_of()
+    refused(small(window_size=2, num_heads=(4, 4)), given, f"{TABLE} has shape 49x2, the model has 9x4")
+    refused(small(), {**given, TABLE: torch.zeros(48, 2)}, "48x2")  # not a square
+    ape = weights_of(ape=True)
+    refused(small(ape=True), {**ape, "absolute_pos_embed": torch.zeros(1, 60, 16)}, "1x60x16")
+    refused(small(ape=True), {**ape, "absolute_pos_embed": torch.zeros(1, 64, 8)}, "1x64x8")
+
+
+def test_heads_that_do_not_fit_are_refused():
+    given = weights_of()
+    refused(small(), {**given, "head.weight": torch.zeros(5, 31)}, "head.weight 5x31")
+    refused(small(), {**given, "head.bias": torch.zeros(4)}, "head.bias 4")
+    del given["head.bias"]
+    refused(small(), given, "head.weight comes without")
+
+
+def test_report_as_a_table():
+    report = LoadReport(["a", "b"], ["c (9x2 -> 25x2, bicubic)"], [], ["d (left)"])
+    assert report.table().splitlines() == [
+        "loaded          2",
+        "resized         1",
+        "    c (9x2 -> 25x2, bicubic)",
+        "dropped         0",
+        "initialised     1",
+        "    d (left)",
+    ]

@@ -1,0 +1,99 @@
+"""Where programs meet a person: typed numbers, errors of the machine; benchmarks and tools given nonsense."""
+
+import argparse
+import errno
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import tables, throughput
+from tools import convert_weights, models, plot_run
+from utils.cli import as_user_error, number, run_cli
+from utils.errors import TrainingDiverged, UserError
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "logs/x"), "logs/x: No space left on device. Make room"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "Ways out: a smaller --batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "Ways out: a smaller --batch-size"),
+    ],
+)
+def test_errors_of_the_machine_are_said(error, said):
+    assert said in str(as_user_error(error))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a fault"), ValueError("x"), OSError("no number"), RecursionError()])
+def test_faults_of_the_program_stay_faults(error):
+    assert as_user_error(error) is None
+
+
+def test_answers_become_exit_codes(capsys):
+    def fails(error: BaseException):
+        def program() -> int:
+            raise error
+
+        return program
+
+    assert run_cli(lambda: 0) == 0
+    assert run_cli(fails(UserError("mend it"))) == 2
+    assert run_cli(fails(TrainingDiverged("not finite"))) == 3
+    assert run_cli(fails(PermissionError(errno.EACCES, "Permission denied", "f"))) == 2
+    assert run_cli(fails(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err.splitlines()[:3] == [
+        "error: mend it", "error: not finite",
+        "error: f: Permission denied. Make room or mend the rights there, or give another place",
+    ]  # fmt: skip
+    with pytest.raises(RuntimeError, match="a fault"):
+        run_cli(fails(RuntimeError("a fault")))
+
+
+def test_numbers_have_bounds():
+    assert number(int, 1, 8)("8") == 8 and number(float, 0, 1)("0.5") == 0.5
+    for text in ("0", "9", "x", "1.5", "nan", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no number from 1 to 8"):
+            number(int, 1, 8)(text)
+
+
+def test_programs_answer_nonsense_in_words(tmp_path: Path, capsys):
+    (tmp_path / "no.zip").write_bytes(b"no zip")
+    with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
+        archive.writestr("readme.txt", "no images")
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr("a.jpg", "no image")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "epoch", "update": 1, "samples": 8}\n5\nnonsense\n')
+    for program, words in (
+        (throughput.main, ["--batch-size", "0"]),
+        (throughput.main, ["--batch-size", "many"]),
+        (throughput.main, ["--turns", "-1"]),
+        (throughput.main, ["--seconds", "nan"]),
+        (throughput.main, ["--images", f"{tmp_path}/nowhere.zip"]),
+        (throughput.main, ["--images", f"{tmp_path}/no.zip"]),
+        (throughput.main, ["--images", f"{tmp_path}/none.zip"]),
+        (throughput.main, ["--images", f"{tmp_path}/bad.zip"]),
+        (throughput.main, ["--images", str(tmp_path)]),
+        (tables.main, []),
+        (tables.main, ["6"]),
+        (tables.main, ["1", "--batch-size", "-1", "--output", ""]),
+        (tables.main, ["1", "--rounds", "0", "--output", ""]),
+        (tables.main, ["1", "--only", "nothing", "--output", ""]),
+        (tables.main, ["4", "--cfg", f"{tmp_path}/nowhere.yaml", "--output", ""]),
+        (models.main, ["nothing of that name"]),
+        (models.main, ["swin_tiny", "--write", f"{tmp_path}/no.zip/table.md"]),
+        (plot_run.main, [str(tmp_path), "x.png"]),
+        (plot_run.main, [str(tmp_path / "run"), "x.png"]),
+        (convert_weights.main, []),
+        (convert_weights.main, ["nowhere.pth", f"{tmp_path}/out.pth", "--to", "timm"]),
+        (convert_weights.main, [f"{tmp_path}/no.zip", f"{tmp_path}/out.pth", "--to", "timm"]),
+    ):
+        try:
+            code = program(words)
+        except SystemExit as error:  # argparse's own way out
+            code = error.code
+        said = capsys.readouterr().err
+        assert code == 2 and "error: " in said and "Traceback" not in said, (program.__module__, words, said)

@@ -1,0 +1,91 @@
+"""Compiling a native part: once, anew when anything changes, by several processes at a time, and never by force."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils import compile_native
+from utils.compile_native import CannotBuild, NativeLibrary
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("cc") and shutil.which("c++")), reason="no compiler here")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An empty cache folder, and nothing remembered of earlier answers."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    compile_native._load.cache_clear()
+    yield tmp_path / "cache" / "swin"
+    compile_native._load.cache_clear()
+
+
+def library(folder: Path, language: str = "c") -> NativeLibrary:
+    return NativeLibrary("a part to be tested", folder, language, ("-O1",))
+
+
+def source(folder: Path, text: str, name: str = "one.c") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    return folder
+
+
+@needs_compiler
+@pytest.mark.parametrize(("language", "name"), [("c", "one.c"), ("c++", "one.cpp")])
+def test_compiled_once_and_anew_for_other_sources(cache, tmp_path, caplog, language, name):
+    linkage = 'extern "C" ' if language == "c++" else ""
+    folder = source(tmp_path / "part", f"{linkage}int one(void) {{ return 1; }}", name)
+    with caplog.at_level(logging.INFO):
+        assert library(folder, language).load().one() == 1
+        compile_native._load.cache_clear()  # as in another process
+        assert library(folder, language).load().one() == 1
+    assert len(caplog.records) == 1 and "a part to be tested" in caplog.text
+    source(folder, f"{linkage}int one(void) {{ return 2; }}", name)
+    compile_native._load.cache_clear()
+    assert library(folder, language).load().one() == 2
+    assert [path.suffix for path in cache.iterdir()] == [".so", ".so"]
+
+
+@needs_compiler
+def test_an_error_in_the_source_is_named_and_leaves_nothing(cache, tmp_path):
+    broken = library(source(tmp_path / "part", "int one(void) { return"))
+    for _ in range(2):
+        with pytest.raises(CannotBuild, match="fails: .*one.c.*error"):
+            broken.load()
+    assert not any(cache.iterdir())
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [("false", "false fails: exit code 1"), (None, "no compiler for C")])
+def test_without_a_compiler_it_says_so(cache, tmp_path, monkeypatch, compiler, reason):
+    if compiler is None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("CC", compiler)
+    with pytest.raises(CannotBuild, match=reason):
+        library(source(tmp_path / "part", "int one(void) { return 1; }")).load()
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_named(cache, tmp_path):
+    cache.parent.mkdir()
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(CannotBuild, match="cache/swin.*cannot be written"):
+        library(source(tmp_path / "part", "int one(void) { return 1; }")).load()
+
+
+@needs_compiler
+def test_processes_that_start_at_the_same_time(cache, tmp_path):
+    folder = source(tmp_path / "part", "int one(void) { return 1; }")
+    program = f"""
+from pathlib import Path
+from utils.compile_native import NativeLibrary
+assert NativeLibrary("a part", Path({str(folder)!r}), "c", ()).load().one() == 1
+"""
+    environment = {"XDG_CACHE_HOME": str(cache.parent), "PATH": os.environ["PATH"], "PYTHONPATH": "."}
+    started = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(3)]
+    assert [process.wait() for process in started] == [0, 0, 0]
+    assert [path.suffix for path in cache.iterdir()] == [".so"]

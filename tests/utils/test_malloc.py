@@ -1,0 +1,39 @@
+"""Freed memory that stays with the process."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from utils.malloc import disable_malloc_trim
+
+# Page faults of making and freeing 80 MB ten times, in a process that has done so before.
+PROGRAM = """
+import resource, sys
+import torch
+from utils.malloc import disable_malloc_trim
+if sys.argv[1] == "kept":
+    assert disable_malloc_trim()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for turn in range(60):
+    if turn == 50:
+        before = faults()
+    first, second = torch.ones(10_000_000), torch.ones(10_000_000)
+    del first, second
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc")
+def test_freed_memory_is_used_again():
+    def faults(what: str) -> int:
+        ran = subprocess.run([sys.executable, "-c", PROGRAM, what], capture_output=True, text=True, check=True)
+        return int(ran.stdout)
+
+    assert faults("kept") < 500 < 100_000 < faults("given back")
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ctypes.pythonapi", object())
+    assert not disable_malloc_trim()

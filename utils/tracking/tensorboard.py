@@ -1,0 +1,44 @@
+"""TensorBoard's event files, written at once and by the thread that asks: an error is raised where it happens.
+
+`torch.utils.tensorboard.SummaryWriter` writes from a thread of its own, which a full disk ends with a traceback, and
+whose half-written record hides all that comes after it.
+"""
+
+import io
+import os
+import socket
+import time
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from utils.files import append
+
+_PREFIX = "events.out.tfevents."
+
+
+class TensorBoardFile:
+    """A new file of events in `folder`."""
+
+    def __init__(self, folder: Path, purge_step: int | None = None):
+        """Points of earlier files from the step `purge_step` on are hidden. Raises OSError: it cannot be written."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files in the order of their names, so the newest comes last also if the clock went back.
+        stamps = [int(path.name[len(_PREFIX) :].split(".")[0]) for path in folder.glob(f"{_PREFIX}[0-9]*.*")]
+        stamp = max(int(time.time()), *(each + 1 for each in stamps), 0)
+        self._path = folder / f"{_PREFIX}{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._append(Event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def add(self, summary: Summary, step: int) -> None:
+        """Raises OSError; the file is then as it was before."""
+        self._append(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _append(self, event: Event) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        append(self._path, record.getvalue())
