@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from benchmarks.paper import TABLE7, TABLE7_STAGES
-from benchmarks.runs import ROOT
 from config import get_config
 from models.build import build_model
+from utils.paths import REPO_ROOT
 from utils.table import Column, Table
 
 
@@ -34,7 +34,7 @@ def say(rate: int, side: int, window: int, concat: int, dim: int, blocks: int, h
 
 def read_off(recipe: str) -> list[tuple[str, str]]:
     """What `say` says of each stage of the model that the recipe builds, from the shapes of its modules alone."""
-    config = get_config(ROOT / "configs" / f"{recipe}.yaml")
+    config = get_config(REPO_ROOT / "configs" / f"{recipe}.yaml")
     with torch.device("meta"):
         model = build_model(config)
     stages, rate, width = [], 1, config.MODEL.SWIN.IN_CHANS

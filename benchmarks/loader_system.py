@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 
 from benchmarks.loader_pipelines import PROCESS, Opening, cpu_seconds, own_config
 from benchmarks.pictures import write_folder
-from benchmarks.runs import ROOT, run_main
+from benchmarks.runs import run_main
 from config import get_config
 from data.build import Data, TrainBatches, build_datasets
 from data.datasets.base import FolderImages
@@ -34,12 +34,13 @@ from engine import train_step
 from engine.setup import build_components
 from engine.train_step import TrainComponents, TrainState
 from utils.distributed.process_group import DistInfo
+from utils.paths import REPO_ROOT
 from utils.table import Column, Table
 from utils.tracking.run_dir import hardware
 
 log = logging.getLogger(__name__)
 
-SWIN_TINY = ROOT / "configs" / "swin_tiny.yaml"
+SWIN_TINY = REPO_ROOT / "configs" / "swin_tiny.yaml"
 IMAGENET = 1_281_167  # training images of ImageNet-1K
 IMAGENET_CLASSES = 1000
 
@@ -141,10 +142,12 @@ def start(image: bytes, batch_size: int, workers: int, rounds: int) -> Table:
     table = Table("start", f"From a cached index to the first batch of {batch_size}, {workers} workers", columns)
     times = []
     with many_files(image, batch_size * (3 * workers + 1)) as root:
-        code = _START.format(root=str(ROOT), data=str(root), batch_size=batch_size, workers=workers)
+        code = _START.format(root=str(REPO_ROOT), data=str(root), batch_size=batch_size, workers=workers)
         for _ in range(rounds):
             begun = time.time()
-            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", code], cwd=REPO_ROOT, stdout=subprocess.PIPE, text=True, check=True
+            )
             count, imported, opened, arrived = (float(word) for word in done.stdout.split()[-4:])
             times.append((imported - begun, opened - imported, arrived - opened, arrived - imported, arrived - begun))
     table.rows.append([int(count), *np.median(times, axis=0).tolist()])

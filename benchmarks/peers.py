@@ -9,11 +9,11 @@ from yacs.config import CfgNode
 
 from benchmarks import runs
 from benchmarks.paper import TABLE1, Peer
-from benchmarks.runs import ROOT
 from benchmarks.timing import Step, Stopwatch
 from config import get_config
 from models.build import build_model
 from models.count import count_macs, count_parameters
+from utils.paths import REPO_ROOT
 from utils.table import Column, Table
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def make(
 
 def configuration(peer: Peer) -> CfgNode:
     """The configuration of a row's model: a recipe here, or a model of timm."""
-    recipe = ROOT / "configs" / f"{peer.model}.yaml"
+    recipe = REPO_ROOT / "configs" / f"{peer.model}.yaml"
     if recipe.is_file():
         return get_config(recipe)
     return get_config(None, ["MODEL.TYPE", "timm", "MODEL.NAME", peer.model, "DATA.IMG_SIZE", peer.pixels])

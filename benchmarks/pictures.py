@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.runs import ROOT
 from data.codecs.pillow_decode import BadImage, decode
 from utils.errors import UserError
+from utils.paths import REPO_ROOT
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def write_folder(root: Path, images: list[bytes]) -> Path:
 def pack(root: Path, output: Path, size: int) -> Path:
     """The images of the folder `root`, packed by the project's own tool. Raises UserError when that fails."""
     words = ["-m", "tools.pack_dataset", str(output), "--data-path", str(root), "--size", str(size)]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *words], cwd=REPO_ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"python {' '.join(words)} failed: {done.stderr.strip()[-1000:]}")
     return output

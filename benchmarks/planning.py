@@ -22,9 +22,9 @@ from config import get_config
 from models.build import build_model
 from models.count import count_macs, count_parameters
 from utils.files import write_text
+from utils.paths import REPO_ROOT
 from utils.table import Column, Table
 
-ROOT = Path(__file__).parent.parent
 MODELS = {"Swin-T": "swin_tiny", "Swin-S": "swin_small", "Swin-B": "swin_base", "Swin-L": "swin_large_22kto1k"}
 GPUS = (1, 8, 64, 512)
 IMAGENET = 1_281_167
@@ -55,7 +55,7 @@ class Size:
 
     @classmethod
     def of(cls, recipe: str) -> "Size":
-        config = get_config(str(ROOT / "configs" / f"{recipe}.yaml"))
+        config = get_config(str(REPO_ROOT / "configs" / f"{recipe}.yaml"))
         with torch.device("meta"):  # sizes alone
             model = build_model(config, config.MODEL.NUM_CLASSES)
         return cls(count_parameters(model), count_macs(model, config.DATA.IMG_SIZE))

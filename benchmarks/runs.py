@@ -13,10 +13,10 @@ from yacs.config import CfgNode
 
 from config import dump
 from utils.errors import UserError
+from utils.paths import REPO_ROOT
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULT = re.compile(r"\d+ images: top-1 ([\d.]+) %  top-5 ([\d.]+) %")
 
 
@@ -47,7 +47,7 @@ def run_main(arguments: Sequence[str], processes: int = 1) -> str:
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     said: list[str] = []
-    command = [*launcher, str(ROOT / "main.py"), *arguments]
+    command = [*launcher, str(REPO_ROOT / "main.py"), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
         for line in running.stdout or ():
             said.append(line)

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from benchmarks.attention import WAYS, attend
 from benchmarks.paper import TABLE5
-from benchmarks.runs import ROOT
 from benchmarks.timing import Step, Stopwatch
 from config import get_config
 from models.build import build_model
+from utils.paths import REPO_ROOT
 from utils.table import Column, Table
 
 RECIPES = {"T": "swin_tiny", "S": "swin_small", "B": "swin_base"}
@@ -73,7 +73,7 @@ def builder(watch: Stopwatch, way: str, part: str) -> Callable[[], Step]:
     """Builds the attention of stage `part` of Swin-T, or the whole network of size `part`, for its turn."""
 
     def build() -> Step:
-        config = get_config(ROOT / "configs" / f"{RECIPES.get(part, 'swin_tiny')}.yaml")
+        config = get_config(REPO_ROOT / "configs" / f"{RECIPES.get(part, 'swin_tiny')}.yaml")
         model = attend(build_model(config, 1000), way)
         if part in RECIPES:
             return watch.step(model, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)

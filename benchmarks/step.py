@@ -31,7 +31,6 @@ import torch
 from yacs.config import CfgNode
 
 from benchmarks.footprint import Ledger
-from benchmarks.runs import ROOT
 from benchmarks.subprocess_step import Step, SubprocessStep
 from benchmarks.throughput import bare_steps, interleave
 from benchmarks.timing import Stopwatch
@@ -45,6 +44,7 @@ from models.other_libraries import LIBRARIES, Logits, section_of
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
 from utils.malloc import disable_malloc_trim
+from utils.paths import REPO_ROOT
 from utils.table import Column, Table, circumstances
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Case:
     def config(self, *opts: object) -> CfgNode:
         """The recipe's configuration, for measuring."""
         said = ["DATA.BATCH_SIZE", self.batch, "AMP_DTYPE", self.dtype, "THROUGHPUT_MODE", True]
-        return get_config(ROOT / "configs" / f"{self.model}.yaml", [*said, *opts])
+        return get_config(REPO_ROOT / "configs" / f"{self.model}.yaml", [*said, *opts])
 
 
 Build = Callable[[], Step]
@@ -221,7 +221,7 @@ def make(
     if min([*batch_sizes, turns]) < 1:
         raise UserError("--batch-sizes and --turns count from 1")
     for model in models:
-        if not (ROOT / "configs" / f"{model}.yaml").is_file():
+        if not (REPO_ROOT / "configs" / f"{model}.yaml").is_file():
             raise UserError(f"--models {model}: there is no configs/{model}.yaml; ls configs/ shows what there is")
         for opts in variants.values():  # mistakes in them before anything is measured
             Case(model, modes[0], dtypes[0], batch_sizes[0]).config(*opts)
@@ -318,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path, given = options.pop("write"), options.pop("variant")
     options["variants"] = {HERE: []} | {f"{HERE} {name}": opts for name, *opts in given}
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("modes").setLevel(logging.WARNING)  # a line for each learner that is built
+    logging.getLogger("engine").setLevel(logging.WARNING)  # a line for each learner that is built
     try:
         if path is not None and path.suffix != ".md":
             raise UserError(f"--write {path}: the table is Markdown; give a name that ends in .md")

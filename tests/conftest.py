@@ -15,7 +15,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
     """main() sets logging up for the whole process, which outlives a test that calls it."""
-    root, modes = logging.getLogger(), logging.getLogger("modes")
+    root, modes = logging.getLogger(), logging.getLogger("engine")
     handlers, levels = list(root.handlers), (root.level, modes.level)
     yield
     root.handlers[:] = handlers

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +12,9 @@ from config import get_config
 from main import build_parser, main, parse_command_line
 from utils.config.merge import flatten
 from utils.errors import TrainingDiverged, UserError
+from utils.paths import REPO_ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-CFG = ["--cfg", str(ROOT / "configs" / "swin_tiny.yaml")]
+CFG = ["--cfg", str(REPO_ROOT / "configs" / "swin_tiny.yaml")]
 PLAIN = flatten(get_config(CFG[1]))
 
 
@@ -211,7 +210,7 @@ def test_other_ranks_wait_before_they_repeat_the_mistake(monkeypatch, capsys):
 
 def start(*argv: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ | environment
+        [sys.executable, *argv], cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, env=os.environ | environment
     )
 
 

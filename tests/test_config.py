@@ -1,7 +1,6 @@
 """config.py and utils/config/rules.py: precedence, types, ranges, what is refused and how."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -10,8 +9,8 @@ from config import SCHEMA, get_config
 from tests._configs import refusal, writer
 from utils.config.merge import Override, flatten
 from utils.config.rules import CHOICES, INTERVALS
+from utils.paths import REPO_ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = flatten(get_config(None))
 
 
@@ -35,7 +34,7 @@ def test_defaults_are_the_papers_recipe():
 
 
 def test_every_key_has_a_comment():
-    source = (ROOT / "config.py").read_text(encoding="utf-8")
+    source = (REPO_ROOT / "config.py").read_text(encoding="utf-8")
     lines = re.findall(r"^_C\.(\S+) = (.*)$", source, re.MULTILINE)
     keys = {key: rest for key, rest in lines if not rest.startswith("CfgNode()")}
     assert set(keys) == set(DEFAULTS)

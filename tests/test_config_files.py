@@ -1,7 +1,6 @@
 """Configuration files: what is no YAML, BASE, what is never executed; old names, keys without effect, comparing."""
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +9,8 @@ from config import differences, dump, get_config, parse
 from tests._configs import refusal, writer
 from utils.config.merge import Override, flatten
 from utils.errors import UserError
+from utils.paths import REPO_ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = flatten(get_config(None))
 
 
@@ -149,7 +148,7 @@ def test_keys_without_effect_say_so_once_if_changed(caplog, key, value):
 
 
 def test_the_list_of_keys_without_effect_is_complete():
-    source = (ROOT / "config.py").read_text(encoding="utf-8")
+    source = (REPO_ROOT / "config.py").read_text(encoding="utf-8")
     assert set(re.findall(r"^_C\.(\S+) = .*# no effect", source, re.MULTILINE)) == set(config_module.NO_EFFECT)
 
 

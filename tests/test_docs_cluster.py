@@ -11,16 +11,16 @@ import yaml
 
 import main
 from tests.faults import hosts
+from utils.paths import REPO_ROOT
 
-ROOT = Path(__file__).parent.parent
-SLURM = ROOT / "docs" / "cluster" / "slurm.sbatch"
-KUBERNETES = ROOT / "docs" / "cluster" / "pytorchjob.yaml"
+SLURM = REPO_ROOT / "docs" / "cluster" / "slurm.sbatch"
+KUBERNETES = REPO_ROOT / "docs" / "cluster" / "pytorchjob.yaml"
 
 
 @pytest.fixture
 def understood(monkeypatch: pytest.MonkeyPatch):
     """Whether main.py takes these words, up to where data are looked at; returns the configuration."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(REPO_ROOT)
 
     def parse(words: list[str]):
         reached = []
@@ -44,7 +44,7 @@ def test_the_batch_script_starts_what_main_understands(understood, tmp_path: Pat
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "31", "SLURM_JOB_NODELIST": "node[7-8]", "PATH": f"{tmp_path}:/usr/bin:/bin"}
-    done = subprocess.run(["bash", str(SLURM)], env=slurm, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["bash", str(SLURM)], env=slurm, cwd=REPO_ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ended with code 0" in done.stdout
     address, *command = words.read_text().splitlines()
@@ -61,7 +61,7 @@ def test_the_batch_script_tries_again_what_may_succeed(code: int, tries: int, tm
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "31", "SLURM_JOB_NODELIST": "node7", "PATH": f"{tmp_path}:/usr/bin:/bin"}
-    done = subprocess.run(["bash", str(SLURM)], env=slurm, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["bash", str(SLURM)], env=slurm, cwd=REPO_ROOT, capture_output=True, text=True)
     assert done.returncode == code
     assert (tmp_path / "tries").read_text().count(".") == tries
 
@@ -82,7 +82,7 @@ def test_the_kubernetes_job_starts_what_main_understands(understood):
 
 
 def test_the_command_by_hand_is_understood(understood):
-    (line,) = re.findall(r"```bash\n(.*?)\n```", (ROOT / "docs" / "CLUSTER.md").read_text(), re.S)
+    (line,) = re.findall(r"```bash\n(.*?)\n```", (REPO_ROOT / "docs" / "CLUSTER.md").read_text(), re.S)
     words = shlex.split(line)
     assert shlex.split(line)[0].startswith("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=")
     understood(words[words.index("main.py") + 1 :])

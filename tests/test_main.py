@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from engine import train_step
 from main import main
+from utils.paths import REPO_ROOT
 
-ROOT = Path(__file__).parent.parent
 TRAIN, VAL, BATCH = 44, 14, 8  # an epoch is five and a half batches: batches reach over its end
 COLOURS = {"blue": (30, 30, 220), "green": (30, 220, 30)}
 
@@ -82,7 +82,7 @@ def command(recipe: Path, images: Path, *words: str, processes: int = 1) -> list
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     start = start if processes > 1 else [sys.executable]
     where = ["--data-path", str(images), "--output", str(recipe.parent / "logs")]
-    return [*start, str(ROOT / "main.py"), "--cfg", str(recipe), *where, *words]
+    return [*start, str(REPO_ROOT / "main.py"), "--cfg", str(recipe), *where, *words]
 
 
 def kill_all(recipe: Path) -> None:
@@ -170,12 +170,12 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Pat
     """Two processes with two workers each, kill -9 of them all, a start with the same command."""
     words = ["--opts", "SAVE_STEPS", "1", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2"]
     through = command(recipe, images, "--tag", "through", *words, processes=2)
-    subprocess.run(through, check=True, capture_output=True, cwd=ROOT, env=CPU_ONLY, timeout=280)
+    subprocess.run(through, check=True, capture_output=True, cwd=REPO_ROOT, env=CPU_ONLY, timeout=280)
 
     killed = command(recipe, images, "--tag", "killed", *words, processes=2)
     lines = run_folder(recipe, "killed") / "metrics.jsonl"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(killed, cwd=ROOT, env=CPU_ONLY, **pipes) as running:
+    with subprocess.Popen(killed, cwd=REPO_ROOT, env=CPU_ONLY, **pipes) as running:
         for line in running.stdout:
             if "epoch 1.8" in line:  # 5 of 9 updates at 16 images each, in the second epoch
                 break
@@ -183,7 +183,7 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Pat
     stopped_at = checkpoint(recipe, "killed")["state"]["samples"]
     assert 0 < stopped_at < 3 * TRAIN and stopped_at % TRAIN != 0
 
-    again = subprocess.run(killed, check=True, capture_output=True, text=True, cwd=ROOT, env=CPU_ONLY, timeout=280)
+    again = subprocess.run(killed, check=True, capture_output=True, text=True, cwd=REPO_ROOT, env=CPU_ONLY, timeout=280)
     assert f"after {stopped_at} images" in again.stdout
     one, other = checkpoint(recipe, "through"), checkpoint(recipe, "killed")
     for contents in (one, other):
@@ -217,7 +217,9 @@ def test_asked_to_stop_it_saves_at_once_and_continues_to_the_same_bits(job, reci
 def test_one_process_asked_stops_all_at_the_same_update(recipe: Path, images: Path):
     words = ["--tag", "asked", "--opts", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2", "TRAIN.EPOCHS", "1000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command(recipe, images, *words, processes=2), cwd=ROOT, env=CPU_ONLY, **pipes) as running:
+    with subprocess.Popen(
+        command(recipe, images, *words, processes=2), cwd=REPO_ROOT, env=CPU_ONLY, **pipes
+    ) as running:
         for line in running.stdout:
             if "epoch 2.1" in line:
                 os.kill(rank_1(recipe), signal.SIGUSR1)
@@ -249,7 +251,7 @@ def test_processes_share_one_order_and_one_evaluation(recipe: Path, images: Path
     assert one[0] == 0, one[1]
     words = ["--tag", "two", "--batch-size", "4"]
     two = command(recipe, images, *words, processes=2)
-    subprocess.run(two, check=True, capture_output=True, cwd=ROOT, env=CPU_ONLY, timeout=280)
+    subprocess.run(two, check=True, capture_output=True, cwd=REPO_ROOT, env=CPU_ONLY, timeout=280)
     a, b = checkpoint(recipe, "one"), checkpoint(recipe, "two")
     assert a["state"]["samples"] == b["state"]["samples"]
     for name, value in a["model"].items():
@@ -258,7 +260,7 @@ def test_processes_share_one_order_and_one_evaluation(recipe: Path, images: Path
     alone = job(*evaluate)[1]
     two = command(recipe, images, *evaluate, processes=2)
     together = subprocess.run(
-        two, check=True, capture_output=True, text=True, cwd=ROOT, env=CPU_ONLY, timeout=280
+        two, check=True, capture_output=True, text=True, cwd=REPO_ROOT, env=CPU_ONLY, timeout=280
     ).stdout
     results = [[line for line in said.splitlines() if "top-1" in line] for said in (alone, together)]
     assert len(results[0]) == 2 and results[0] == results[1]

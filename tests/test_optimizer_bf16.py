@@ -16,8 +16,8 @@ from engine.setup import build_components, compile_and_wrap
 from engine.train_step import TrainComponents, TrainState, train
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
+from utils.paths import REPO_ROOT
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 ALONE = DistInfo.single(CPU)
 OPTS = "DATA.IMG_SIZE 32 " + " ".join(
@@ -137,7 +137,7 @@ def test_two_processes(tmp_path: Path):
 
     def run(tag: str, bf16: bool, *words: str) -> dict:
         command = [*launch, "--tag", tag, *words, "--opts", *opts.split(), str(bf16)]
-        subprocess.run(command, check=True, cwd=ROOT, env=alone, timeout=280)
+        subprocess.run(command, check=True, cwd=REPO_ROOT, env=alone, timeout=280)
         return torch.load(tmp_path / "demo" / tag / "checkpoints" / "last.pth", weights_only=True)
 
     def losses(tag: str) -> list[float]:

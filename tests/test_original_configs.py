@@ -14,8 +14,7 @@ from models.build import build_model
 from models.count import count_parameters
 from utils.config.merge import flatten
 from utils.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
+from utils.paths import REPO_ROOT
 
 FT = "192to{}_22kto1k_ft"  # the end of the names of V2's fine-tunings
 T = "EMBED_DIM: 96, DEPTHS: [ 2, 2, 6, 2 ], NUM_HEADS: [ 3, 6, 12, 24 ]"
@@ -99,11 +98,11 @@ def test_an_original_file_builds_and_is_the_recipe_here(row, write, caplog):
     assert caplog.messages == ([line] if name.endswith("22k") else [])
     with torch.device("meta"):
         assert count_parameters(build_model(config)) == params
-    assert flatten(get_config(ROOT / "configs" / f"{recipe}.yaml")) == flatten(config)
+    assert flatten(get_config(REPO_ROOT / "configs" / f"{recipe}.yaml")) == flatten(config)
 
 
 def test_every_recipe_is_checked():
-    names = {path.stem for path in (ROOT / "configs").glob("swin*.yaml")}
+    names = {path.stem for path in (REPO_ROOT / "configs").glob("swin*.yaml")}
     assert names == {row[1] for row in ORIGINAL}
 
 

@@ -15,19 +15,19 @@ from config import get_config
 from models.build import build_model
 from models.count import count_macs, count_parameters
 from tools import plot_run
+from utils.paths import REPO_ROOT
 from utils.tracking.metric_writer import MetricWriter
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (REPO_ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [REPO_ROOT / "README.md", *sorted((REPO_ROOT / "docs").glob("*.md"))]
 
 
 def head_commands() -> list[str]:
     """The commands in the head comments of the recipes."""
     commands = []
-    for path in sorted((ROOT / "configs").glob("*.yaml")):
+    for path in sorted((REPO_ROOT / "configs").glob("*.yaml")):
         head = "".join(line[1:].strip() + "\n" for line in path.read_text().splitlines() if line.startswith("#"))
         found = [c for c in head.replace("\\\n", " ").splitlines() if "main.py" in c]
         assert found or "make demo" in head, f"{path.name} names no command"
@@ -42,7 +42,7 @@ def help_commands() -> list[str]:
 @pytest.mark.parametrize("command", [*filter(lambda c: "main.py" in c, COMMANDS), *head_commands(), *help_commands()])
 def test_command_of_the_main_job_is_understood(command: str, monkeypatch: pytest.MonkeyPatch):
     """All that a command line can get wrong before data and weights are looked at, run for real up to there."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(REPO_ROOT)
     words = shlex.split(command)
     if words[0] == "torchrun":
         from torch.distributed.run import get_args_parser
@@ -70,16 +70,16 @@ def test_other_commands_of_the_readme_exist():
 
 @pytest.mark.parametrize("target", ["demo", "test", "test-all"])
 def test_make_knows_its_targets(target: str):
-    shown = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+    shown = subprocess.run(["make", "--dry-run", target], cwd=REPO_ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     assert ("configs/demo.yaml" if target == "demo" else "pytest") in shown.stdout
 
 
 def test_table_of_configurations_is_counted():
     rows = re.findall(r"\| \[(\w+)\]\((configs/\w+\.yaml)\) \| .*?, (\d+) \| ([\d.]+) M \| ([\d.]+) G \|", README)
-    assert {path for _, path, *_ in rows} == {f"configs/{p.name}" for p in (ROOT / "configs").glob("*.yaml")}
+    assert {path for _, path, *_ in rows} == {f"configs/{p.name}" for p in (REPO_ROOT / "configs").glob("*.yaml")}
     for name, path, size, parameters, macs in rows:
-        config = get_config(str(ROOT / path))
+        config = get_config(str(REPO_ROOT / path))
         with torch.device("meta"):
             model = build_model(config)
         assert Path(path).stem == name and config.DATA.IMG_SIZE == int(size)
@@ -95,9 +95,9 @@ def test_links_lead_somewhere(path: Path):
 
 
 def test_architecture_names_every_module():
-    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+    text = (REPO_ROOT / "docs" / "ARCHITECTURE.md").read_text()
     for folder in ("", "models", "data", "utils"):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (REPO_ROOT / folder).glob("*.py"):
             if path.stem != "__init__":
                 assert re.search(rf"\b{path.stem}\b", text), f"docs/ARCHITECTURE.md does not mention {path}"
 
@@ -137,6 +137,8 @@ def test_curves_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture):
 @pytest.mark.slow
 def test_demo_reaches_what_it_promises(tmp_path: Path):
     words = [sys.executable, "main.py", "--cfg", "configs/demo.yaml", "--output", str(tmp_path)]
-    done = subprocess.run([*words, "--data-path", str(tmp_path / "digits")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*words, "--data-path", str(tmp_path / "digits")], cwd=REPO_ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"best top-1 ([\d.]+) %", done.stdout).group(1)) >= 96.0

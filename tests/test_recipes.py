@@ -1,14 +1,12 @@
 """configs/: the recipes are the published ones, open with a command, and mean the same when saved and given again."""
 
-from pathlib import Path
-
 import pytest
 
 from config import differences, dump, get_config
 from utils.config.merge import flatten
+from utils.paths import REPO_ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPES = sorted((REPO_ROOT / "configs").glob("*.yaml"))
 
 
 def test_recipes_are_there():
@@ -75,7 +73,7 @@ PUBLISHED = [  # recipe, released name, pixels, window, stochastic depth, epochs
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row[0])
 def test_recipes_are_the_published_ones(row):
     recipe, name, size, window, drop_path, epochs, base_lr, weight_decay, classes = row
-    config = get_config(ROOT / "configs" / f"{recipe}.yaml")
+    config = get_config(REPO_ROOT / "configs" / f"{recipe}.yaml")
     swin, train = config.MODEL.SWIN, config.TRAIN
     assert (swin.EMBED_DIM, swin.DEPTHS, swin.NUM_HEADS) == SIZES[recipe.split("_")[1]]
     assert (config.MODEL.NAME, config.DATA.IMG_SIZE, swin.WINDOW_SIZE) == (name, size, window)

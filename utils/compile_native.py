@@ -19,6 +19,8 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.paths import user_cache_dir
+
 log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 300
@@ -70,7 +72,7 @@ class NativeLibrary:
             key.update(part.encode() + b"\0")
         for source in sources:
             key.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swin"
+        cache = user_cache_dir()
         library = cache / f"{self.folder.parent.name}-{key.hexdigest()}.so"
         if not library.is_file():
             units = [str(source) for source in sources if source.suffix in (".c", ".cpp")]

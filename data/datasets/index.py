@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.paths import user_cache_dir
+
 log = logging.getLogger(__name__)
 
 # Part of every cache: raise it when what an index holds changes, or when other files count as images.
@@ -98,7 +100,7 @@ def cached(root: Path, name: str, build: Callable[[], tuple[Index, list[Path]]])
 
 
 def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swin"
+    return user_cache_dir()
 
 
 def _digest(root: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 from benchmarks import planning
 from benchmarks.planning import Cluster, Plan, Size
 from tests.faults import hosts
+from utils.paths import REPO_ROOT
 
 TINY = Size(parameters=28_000_000, macs=4_500_000_000)
 
@@ -36,7 +37,7 @@ def test_images_that_come_too_slowly_end_first(slow: dict, ends: str):
 
 
 def test_the_page_is_that_of_the_repository():
-    committed = (Path(planning.__file__).parent.parent / "docs" / "PLANNING.md").read_text()
+    committed = (REPO_ROOT / "docs" / "reports" / "PLANNING.md").read_text()
     assert planning.page(Cluster()) == committed
 
 

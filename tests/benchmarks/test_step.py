@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from benchmarks import footprint, step
 from benchmarks.footprint import Ledger
 from benchmarks.subprocess_step import SubprocessStep
+from utils.paths import REPO_ROOT
 
-ROOT = Path(__file__).parent.parent
-SESSION = ROOT / "benchmarks" / "gpu_session.sh"
+SESSION = REPO_ROOT / "benchmarks" / "gpu_session.sh"
 
 
 def test_a_matrix_product_is_timed(monkeypatch: pytest.MonkeyPatch):

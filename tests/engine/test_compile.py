@@ -5,7 +5,6 @@ compiler.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ from config import get_config
 from engine.setup import compile_in_place
 from models.build import build_model
 from utils.errors import UserError
+from utils.paths import REPO_ROOT
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SHAPES = {"DEPTHS": [2], "NUM_HEADS": [2], "EMBED_DIM": 16}
 WINDOWS = {"swin": 7, "swinv2": 4, "swin_mlp": 4}
@@ -100,7 +99,9 @@ def test_throughput_without_a_compiler(tmp_path):
     """The real thing, with the compiler gone and nothing in the cache."""
     words = "main.py --cfg configs/demo.yaml --throughput --batch-size 2 --opts TRAIN.COMPILE True".split()
     hidden = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    ran = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=os.environ | hidden)
+    ran = subprocess.run(
+        [sys.executable, *words], cwd=REPO_ROOT, capture_output=True, text=True, env=os.environ | hidden
+    )
     assert ran.returncode == 0, ran.stderr
     assert "TRAIN.COMPILE: nothing can be compiled here" in ran.stdout + ran.stderr and "training" in ran.stdout
 

@@ -25,8 +25,8 @@ import torch
 
 from tests._report import Report
 from tests._tiny import write_images, write_recipe
+from utils.paths import REPO_ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 PORT = 29507
 TRAIN, EPOCHS, BATCH = 400, 4, 8  # 100 updates of 16 images, 25 an epoch
 PATIENCE = 240  # seconds for a whole run with its restarts
@@ -67,7 +67,7 @@ class Host:
         }
         with open(log, "a") as said:
             return subprocess.Popen(
-                [*command, *torchrun], env=os.environ | settings, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT
+                [*command, *torchrun], env=os.environ | settings, cwd=REPO_ROOT, stdout=said, stderr=subprocess.STDOUT
             )
 
     def slow_down(self, mbits: int) -> None:

@@ -18,14 +18,14 @@ from utils.checkpoint.io import CheckpointFolder, read_checkpoint
 from utils.distributed import heartbeat
 from utils.distributed.heartbeat import Heartbeat
 from utils.errors import UserError
+from utils.paths import REPO_ROOT
 
-ROOT = Path(__file__).parent.parent
 SHORT = ["kill", "elastic", "preempt", "hang", "nonfinite", "lock", "memory"]
 
 
 def harnesses(*words: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", *words], cwd=ROOT, capture_output=True, text=True, timeout=3000
+        [sys.executable, "-m", "tests.faults", *words], cwd=REPO_ROOT, capture_output=True, text=True, timeout=3000
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

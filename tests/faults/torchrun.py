@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tests._report import Report
 from tests.faults.runs import BATCH, PATIENCE, Place, adopt_orphans, difference_of_runs, records
+from utils.paths import REPO_ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 KINDS = ("restart", "stop", "kill")
 
 
@@ -45,7 +45,11 @@ def _torchrun(place: Place, tag: str, workers: int) -> subprocess.Popen:
     words = [str(word) for word in place.argv(tag, *opts, batch=BATCH // 2)]
     with open(place.root / f"{tag}.log", "a") as log:
         return subprocess.Popen(
-            [*torchrun, str(ROOT / "main.py"), *words], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+            [*torchrun, str(REPO_ROOT / "main.py"), *words],
+            cwd=REPO_ROOT,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
 
 

@@ -3,17 +3,17 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from utils.paths import REPO_ROOT
+
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def fuzz(*words: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-m", "tests.fuzz", *words], cwd=REPO_ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

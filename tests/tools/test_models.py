@@ -24,8 +24,8 @@ from tools import independent
 from tools import models as tool
 from utils.checkpoint.io import read_checkpoint
 from utils.errors import UserError
+from utils.paths import REPO_ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICK = {("swin_tiny", 1000), ("swin_tiny_22k", 21841), ("swinv2_tiny_w8", 1000), ("swin_mlp_tiny_c24", 1000)}
 
 
@@ -72,7 +72,7 @@ def test_every_swin_of_timm_is_listed():
 )
 def test_counts(key: tuple[str, int]):
     recipe, classes = key
-    config = get_config(ROOT / "configs" / f"{recipe}.yaml")
+    config = get_config(REPO_ROOT / "configs" / f"{recipe}.yaml")
     with torch.device("meta"):
         model = build_model(config, classes).eval()
     assert COUNTED[key] == (count_parameters(model), count_macs(model, config.DATA.IMG_SIZE))
@@ -80,7 +80,7 @@ def test_counts(key: tuple[str, int]):
 
 def test_every_recipe_is_there_and_built_for_its_pixels():
     for release in RELEASES:
-        config = get_config(ROOT / "configs" / f"{release.recipe}.yaml")
+        config = get_config(REPO_ROOT / "configs" / f"{release.recipe}.yaml")
         pixels = re.findall(r"(?:to|_|-)(192|224|256|384)(?![0-9])", release.url)
         if release.origin != "torchvision":
             assert config.DATA.IMG_SIZE == int(pixels[-1]), release.name

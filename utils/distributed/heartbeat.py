@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from utils.paths import REPO_ROOT
+
 BEAT_SECONDS = 1.0
 # A process whose pulse stands still for so long, while others wait for it, is gone or stopped.
 SILENCE_SECONDS = 6 * BEAT_SECONDS
-_PROJECT = str(Path(__file__).resolve().parent.parent)
+_PROJECT = str(REPO_ROOT)
 
 
 class Heartbeat:

@@ -18,6 +18,7 @@ import torch
 
 from utils.errors import UserError
 from utils.files import append, write_text
+from utils.paths import REPO_ROOT
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "yacs", "tensorboard", "triton")
 
@@ -100,7 +101,7 @@ def hardware() -> str:
 
 def git_commit() -> str | None:
     """The commit of the code that runs, with `+changes` where the working tree differs; None outside a checkout."""
-    here = Path(__file__).resolve().parent.parent
+    here = REPO_ROOT
     try:
         commit, status = (
             subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout

@@ -296,7 +296,11 @@ def test_without_a_compiler_auto_is_the_reference_and_says_so_once(without_libra
 
 @needs_library
 def test_where_pillow_has_other_pixels_it_decodes_and_the_rest_is_native(monkeypatch, caplog):
-    crop_decode.has_jpeg_decoder.cache_clear(), native_transforms._missing.cache_clear(), native_transforms._warn_once.cache_clear()
+    (
+        crop_decode.has_jpeg_decoder.cache_clear(),
+        native_transforms._missing.cache_clear(),
+        native_transforms._warn_once.cache_clear(),
+    )
     monkeypatch.setattr(crop_decode, "_agrees_with_pillow", lambda: False)
     try:
         assert choose("auto") == choose("fast") == "fast" and caplog.text.count("decoded by Pillow") == 1

@@ -21,8 +21,8 @@ from main import main
 from utils.distributed.fsdp import summon_full_params
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
+from utils.paths import REPO_ROOT
 
-ROOT = Path(__file__).parent.parent
 TINY = """
 DATA: {IMG_SIZE: 32, BATCH_SIZE: 4, NUM_WORKERS: 0}
 MODEL:
@@ -132,7 +132,7 @@ def test_two_processes_train_the_same_split_or_not(recipe: Path, tmp_path: Path)
 
     def run(tag: str, *words: str) -> list[dict]:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command = [*start, str(ROOT / "main.py"), *where, "--tag", tag, *words]
+        command = [*start, str(REPO_ROOT / "main.py"), *where, "--tag", tag, *words]
         subprocess.run(command, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
         lines = (tmp_path / "logs" / "tiny" / tag / "metrics.jsonl").read_text().splitlines()
         return [record for line in lines if "loss" in (record := json.loads(line))]

@@ -114,7 +114,7 @@ def test_what_is_said_before_there_is_a_log_file_stands_in_it(tmp_path: Path):
         logger.set_up(0)
         logging.getLogger("config").warning("a key has no effect")
         logger.add_file(tmp_path / "log.txt")
-        logging.getLogger("modes").info("run folder")
+        logging.getLogger("engine").info("run folder")
 
     assert forked(start).code == 0
     lines = (tmp_path / "log.txt").read_text().splitlines()
