@@ -10,6 +10,7 @@ from data.build import Data
 from data.datasets.base import dataset_digest
 from engine.setup import load_pretrained, refuse_other_classes
 from engine.train_step import TrainComponents, TrainState
+from models.pretrained.download import resolve_weights
 from utils.checkpoint.io import CheckpointFolder, read_checkpoint
 from utils.checkpoint.schema import validate_checkpoint
 from utils.distributed.process_group import DistInfo, broadcast_from_main, local_rank_zero_first
@@ -69,7 +70,7 @@ def load_resume_checkpoint(
     if not source:
         return "", None
     with local_rank_zero_first(dist_info):
-        saved = read_checkpoint(source, progress=dist_info.is_main)
+        saved = read_checkpoint(resolve_weights(source, progress=dist_info.is_main))
     validate_checkpoint(saved, source)
     return source, saved
 

@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 from engine.train_step import TrainComponents
 from models.build import build_model, input_channels
 from models.count import count_macs, count_parameters
+from models.pretrained.download import resolve_weights
 from models.pretrained.load import load_weights
 from optimizer import Bf16Params, build_optimizer
 from tasks.classification import Classification
@@ -177,7 +178,7 @@ def load_pretrained(
 ) -> tuple[dict, str]:
     """Loads weights into `model`, says what became of each, and returns all that the file holds, and its layout."""
     with local_rank_zero_first(dist_info):
-        contents = read_checkpoint(source, progress=dist_info.is_main)
+        contents = read_checkpoint(resolve_weights(source, progress=dist_info.is_main))
     weights, theirs = extract_state_dict(contents, source), class_names_in(contents, source)
     if evaluating:
         refuse_other_classes(source, theirs, class_names)

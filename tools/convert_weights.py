@@ -35,6 +35,7 @@ from models.pretrained.convert import (
     to_original,
     version_of,
 )
+from models.pretrained.download import resolve_weights
 from utils.checkpoint.io import SAFETENSORS, extract_state_dict, read_checkpoint, write_weights
 from utils.cli import run_cli
 from utils.errors import UserError
@@ -84,7 +85,7 @@ def convert(source: str, target: Path, to: str, window: int | None = None, keep_
     if window is not None and window < 1:
         raise UserError(f"--window-size {window}: a window has at least 1 token along a side")
 
-    contents = read_checkpoint(source, progress=sys.stderr.isatty())
+    contents = read_checkpoint(resolve_weights(source, progress=sys.stderr.isatty()))
     weights = extract_state_dict(contents, source)
     try:
         out, said = translate(weights, to, window, keep_buffers)

@@ -29,7 +29,7 @@ CHUNK = 1 << 20  # bytes
 _UNKNOWN = "which is published nowhere that this project knows of"
 
 
-def fetch(source: str, progress: bool = False) -> Path:
+def resolve_weights(source: str, progress: bool = False) -> Path:
     """The local file that `source` means.
 
     Args:

@@ -18,7 +18,7 @@ from models import other_libraries
 from models.build import build_model
 from models.count import count_macs, count_parameters
 from models.pretrained import download, registry
-from models.pretrained.download import fetch
+from models.pretrained.download import resolve_weights
 from models.pretrained.registry import COUNTED, RELEASES, Release
 from tools import independent
 from tools import models as tool
@@ -208,41 +208,41 @@ def test_a_name_stands_for_the_file_and_is_verified_and_kept(web, monkeypatch, c
     assert path.read_bytes() == file.read_bytes() and [p.name for p in path.parent.iterdir()] == ["weights.pth"]
     assert f"its SHA-256 is {digest}, as it should be" in caplog.text
     file.unlink()
-    assert fetch("swin_test") == fetch(url) == path and len(Handler.asked) == 1
+    assert resolve_weights("swin_test") == resolve_weights(url) == path and len(Handler.asked) == 1
 
 
 def test_what_is_not_the_release_is_not_kept(web, monkeypatch, tmp_path):
     url, file = web
     add_release(monkeypatch, url, "0" * 8)
     with pytest.raises(UserError, match="SHA-256 is [0-9a-f]{64}, not 00000000 .* was not kept"):
-        fetch("swin_test")
+        resolve_weights("swin_test")
     assert not list((tmp_path / "hub").rglob("weights.pth*"))
 
 
 def test_an_unknown_digest_is_said(web, caplog):
     with caplog.at_level("INFO"):
-        path = fetch(web[0])
+        path = resolve_weights(web[0])
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert f"its SHA-256 is {digest}, which is published nowhere" in caplog.text
     with pytest.raises(UserError, match="Delete it to download it again"):
-        fetch(f"{web[0]}#sha256={'0' * 64}")
-    assert fetch(f"{path}#sha256={digest[:8].upper()}") == path
+        resolve_weights(f"{web[0]}#sha256={'0' * 64}")
+    assert resolve_weights(f"{path}#sha256={digest[:8].upper()}") == path
     with pytest.raises(UserError, match="at least the first 8"):
-        fetch(f"{path}#sha256=123")
+        resolve_weights(f"{path}#sha256=123")
 
 
 def test_addresses_that_end_alike_are_different_files(web):
     url, file = web
-    first = fetch(f"{url}?a")
+    first = resolve_weights(f"{url}?a")
     file.write_bytes(b"another")
-    assert fetch(url).read_bytes() == b"another" and first.read_bytes() != b"another"
+    assert resolve_weights(url).read_bytes() == b"another" and first.read_bytes() != b"another"
 
 
 def test_a_broken_connection_is_taken_up_where_it_broke(web, caplog):
     url, file = web
     Handler.hang_up_after[:] = [100_000, 150_000]
     with caplog.at_level("INFO"):
-        assert fetch(url).read_bytes() == file.read_bytes()
+        assert resolve_weights(url).read_bytes() == file.read_bytes()
     assert Handler.asked == [None, "bytes=100000-", "bytes=250000-"]
     assert "broke off after 100000 bytes; continuing" in caplog.text
 
@@ -250,12 +250,12 @@ def test_a_broken_connection_is_taken_up_where_it_broke(web, caplog):
 def test_a_server_that_always_hangs_up_is_given_up(web):
     Handler.hang_up_after[:] = [100_000, 0]
     with pytest.raises(UserError, match="breaks off after 100000 bytes, again and again"):
-        fetch(web[0])
-    assert len(Handler.asked) == 2 and fetch(web[0]).read_bytes() == web[1].read_bytes()
+        resolve_weights(web[0])
+    assert len(Handler.asked) == 2 and resolve_weights(web[0]).read_bytes() == web[1].read_bytes()
 
 
 def test_two_who_want_the_same_file_download_it_once(web, caplog):
-    path, other = download._cache() / download._file_of(web[0]), threading.Thread(target=fetch, args=web[:1])
+    path, other = download._cache() / download._file_of(web[0]), threading.Thread(target=resolve_weights, args=web[:1])
     path.parent.mkdir(parents=True)
     with open(f"{path}.part", "ab") as part, caplog.at_level("INFO"):
         fcntl.flock(part, fcntl.LOCK_EX)
@@ -284,7 +284,7 @@ def interrupt(web) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(download, "_receive_once", once)
         with pytest.raises(UserError, match="download failed .*404.* Start again to continue where it broke off"):
-            fetch(url)
+            resolve_weights(url)
     file.write_bytes(contents)
     Handler.asked.clear()
     (part,) = download._cache().glob("*.part")
@@ -294,7 +294,7 @@ def interrupt(web) -> Path:
 
 def test_a_download_that_was_given_up_continues_the_next_time(web):
     interrupt(web)
-    assert fetch(web[0]).read_bytes() == web[1].read_bytes()
+    assert resolve_weights(web[0]).read_bytes() == web[1].read_bytes()
     assert Handler.asked == ["bytes=100000-"]
     assert [p.suffix for p in download._cache().iterdir()] == [".pth"]
 
@@ -307,13 +307,13 @@ def test_a_part_of_another_version_is_not_continued(web, monkeypatch, version):
     else:
         part.with_name(f"{part.name}.version").unlink()
     web[1].write_bytes(web[1].read_bytes()[::-1])
-    assert fetch(web[0]).read_bytes() == web[1].read_bytes()
+    assert resolve_weights(web[0]).read_bytes() == web[1].read_bytes()
 
 
 def test_a_part_that_is_too_long_comes_anew(web):
     part = interrupt(web)
     part.write_bytes(bytes(400_000))
-    assert fetch(web[0]).read_bytes() == web[1].read_bytes()
+    assert resolve_weights(web[0]).read_bytes() == web[1].read_bytes()
     assert Handler.asked == ["bytes=400000-", None]
 
 
@@ -322,19 +322,19 @@ def test_without_a_network_the_message_says_what_to_bring_where(monkeypatch, tmp
     url = "http://127.0.0.1:9/nobody-listens.pth"
     add_release(monkeypatch, url)
     with pytest.raises(UserError) as caught:
-        fetch("swin_test")
+        resolve_weights("swin_test")
     message = str(caught.value)
     place = tmp_path / "hub" / "checkpoints" / "nobody-listens.pth"
     assert message.startswith(f"{url}: download failed (") and f"or put it at {place}" in message
     place.write_bytes(b"brought")
-    assert fetch("swin_test") == place
+    assert resolve_weights("swin_test") == place
 
 
 def test_a_file_wins_over_a_name_and_a_near_name_is_guessed(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("swin_tiny_patch4_window7_224").write_bytes(b"mine")
-    assert fetch("swin_tiny_patch4_window7_224") == Path("swin_tiny_patch4_window7_224")
+    assert resolve_weights("swin_tiny_patch4_window7_224") == Path("swin_tiny_patch4_window7_224")
     with pytest.raises(UserError, match="no such file. Did you mean the released swin_base_patch4_window7_224?"):
-        fetch("swin_base_patch4_windw7_224")
+        resolve_weights("swin_base_patch4_windw7_224")
     with pytest.raises(UserError, match="a name that `python -m tools.models` lists"):
-        fetch("weights.pth")
+        resolve_weights("weights.pth")

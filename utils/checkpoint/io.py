@@ -16,7 +16,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from models.pretrained.download import fetch
 from utils.checkpoint import digest
 from utils.errors import UserError
 from utils.files import TEMPORARY, link_atomically, write_atomically
@@ -32,17 +31,15 @@ _READ_AS_DICT = [(OrderedDict, "yacs.config.CfgNode"), (OrderedDict, "argparse.N
 _HARMLESS_GLOBAL = re.compile(r"(collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\.\w*Storage|torch\.Size)$")
 
 
-def read_checkpoint(source: str, progress: bool = False) -> dict:
+def read_checkpoint(path: Path | str) -> dict:
     """The contents of a checkpoint, or of a file of safetensors, on the CPU.
-
-    Args:
-        source: a path, a name of `python -m tools.models` or a URL, see `models.pretrained.download.fetch`.
-        progress: show the download.
 
     Raises:
         UserError: missing, damaged, not a checkpoint, a wrong digest, or a pickle that names code to run.
     """
-    path = fetch(source, progress)
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Check the path")
     contents = _load(path)
     _require_dense(contents, path, [])
     return contents
