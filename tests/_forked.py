@@ -42,7 +42,7 @@ class Outcome:
 @functools.cache
 def load_native_parts() -> None:
     """Loads the project's own native code, or finds out that there is none, so that no child has to."""
-    for load in (data.native.library, models.ops.native_attention.LIBRARY.load):
+    for load in (data.native.library.library, models.ops.native_attention.LIBRARY.load):
         try:
             load()
         except CannotBuild:

@@ -66,7 +66,7 @@ def test_packing_goes_on_where_it_stopped(source, tmp_path, monkeypatch, caplog)
 
     folder = tmp_path / "parts" / "train"
     with monkeypatch.context() as patch:
-        patch.setattr(pack_dataset, "Packer", Fails)
+        patch.setattr(pack_dataset, "ImageEncoder", Fails)
         patch.setattr(pack_dataset, "CHUNK", 1)
         assert run(tmp_path / "parts", source) == 130
     done = digests(folder)
@@ -136,7 +136,7 @@ def test_a_killed_worker_is_named(source, tmp_path, monkeypatch, capsys):
         def __call__(self, i):
             os.kill(os.getpid(), 9)
 
-    monkeypatch.setattr(pack_dataset, "Packer", Dies)
+    monkeypatch.setattr(pack_dataset, "ImageEncoder", Dies)
     assert run(tmp_path, source) == 2
     assert "processes is gone" in capsys.readouterr().err
 
