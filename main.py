@@ -30,9 +30,9 @@ from collections.abc import Sequence
 from yacs.config import CfgNode
 
 from config import get_config
-from utils.cli import as_user_error
+from utils.cli import CliParser, as_user_error
 from utils.config.merge import Override, nearest, parse_opts
-from utils.errors import LostProcess, UserError
+from utils.errors import ExitCode, LostProcess, UserError
 from utils.tracking import logger
 
 # By then torchrun has ended the processes that would only repeat what rank 0 said.
@@ -58,15 +58,10 @@ class SetKey(argparse.Action):
         namespace.flags = [*namespace.flags, Override(self.key, value, option_string)]
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}. `python main.py --help` lists all flags, with examples.")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Flags that set keys leave an `Override` each in `flags`, in the order they were typed."""
-    parser = Parser(
-        prog="main.py",
+    parser = CliParser(
+        prog="python main.py",
         usage=argparse.SUPPRESS,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -174,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, args = parse_command_line(sys.argv[1:] if argv is None else argv)
         run(config, args.allow_config_change)
-        return 0
+        return ExitCode.OK
     except UserError as error:
         if _rank() != "0" and not isinstance(error, LostProcess):  # rank 0 may be the one that is lost
             time.sleep(OTHER_RANKS_DELAY_SECONDS)
@@ -183,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if _rank() == "0":
             print("interrupted", file=sys.stderr)
-        return 130
+        return ExitCode.INTERRUPTED
 
 
 def _rank() -> str:

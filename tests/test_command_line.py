@@ -173,7 +173,7 @@ def fails_with(error):
 
 @pytest.mark.parametrize(
     ("error", "code", "said"),
-    [(UserError("mend it"), 2, "error: mend it\n"), (TrainingDiverged("gone"), 3, "error: gone\n"),
+    [(UserError("fix it"), 2, "error: fix it\n"), (TrainingDiverged("gone"), 3, "error: gone\n"),
      (KeyboardInterrupt(), 130, "interrupted\n")],
 )  # fmt: skip
 def test_exit_codes_of_a_run(monkeypatch, capsys, error, code, said):

@@ -1,5 +1,6 @@
-"""What the programs of this project have in common where they meet a person: numbers that were typed, and what is said
-of errors that are not the program's. Imports nothing that takes time.
+"""Command-line helpers shared by all programs: the parser, numbers with bounds, and errors turned into exit codes.
+
+Imports nothing slow, so that `--help` and mistakes are answered at once.
 """
 
 import argparse
@@ -7,11 +8,12 @@ import errno
 import math
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
-from utils.errors import UserError
+from utils.errors import ExitCode, UserError
 
-# Errors of the machine, not of the program: full, read-only or broken disks, missing rights, limits reached.
-_MACHINE = frozenset((
+# Errors of the machine, not of the program: full, read-only or broken disks, missing permissions, limits reached.
+_MACHINE_ERRNOS = frozenset((
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
     errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOMEM, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
     errno.EEXIST,
@@ -20,45 +22,22 @@ _MACHINE = frozenset((
 LESS_MEMORY = "a smaller --batch-size"
 
 
-def as_user_error(error: Exception, less_memory: str = LESS_MEMORY) -> UserError | None:
-    """What to say of an `error` that memory, disk or rights are the cause of; None for any other.
+class CliParser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError instead of printing its usage and exiting.
 
-    Args:
-        less_memory: what takes less memory.
+    `prog` is the command as it is typed, such as "python -m tools.pack_dataset".
     """
-    # By name, since torch is not imported here; it has a class for GPUs alone. What happened in a loading process comes
-    # as a RuntimeError where the original error cannot be made again, and names the original.
-    said = (str(error).splitlines() or ["there is no more"])[0]
-    by_name = type(error).__name__ == "OutOfMemoryError" or "CPUAllocator" in str(error) or "Caught MemoryError" in said
-    if isinstance(error, MemoryError) or by_name:
-        return UserError(f"out of memory: {said} Ways out: {less_memory}")
-    if isinstance(error, OSError) and error.errno in _MACHINE:
-        where = "" if error.filename is None else f"{error.filename}: "
-        return UserError(f"{where}{error.strerror}. Make room or mend the rights there, or give another place")
-    return None
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. `{self.prog} --help` lists all flags, with examples.")
 
 
-def run_cli(program: Callable[[], int]) -> int:
-    """The exit code of `program`; what a person can mend is said in one message, without a traceback."""
-    try:
-        return program()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (UserError, MemoryError, RuntimeError, OSError) as error:
-        said = error if isinstance(error, UserError) else as_user_error(error)
-        if said is None:
-            raise
-        print(f"error: {said}", file=sys.stderr)
-        return said.exit_code
-
-
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """For argparse: a number of `kind` from `low` to `high`, both included."""
+def number(element: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    """Makes an argparse `type`: a number of type `element` from `low` to `high`, both included."""
 
     def convert(text: str) -> float:
         try:
-            value = kind(text)
+            value = element(text)
         except ValueError:
             value = math.nan
         if not low <= value <= high:
@@ -66,3 +45,40 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
         return value
 
     return convert
+
+
+def as_user_error(error: Exception, less_memory: str = LESS_MEMORY) -> UserError | None:
+    """Translates an error caused by memory, disk or permissions; None for any other error.
+
+    Args:
+        less_memory: the flags that reduce memory use, for the message.
+    """
+    # Matched by name, because torch is not imported here and has an exception class for GPUs only. An error of a loader
+    # worker may arrive as a RuntimeError whose message names the original.
+    message = (str(error).splitlines() or ["there is no more"])[0]
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "CPUAllocator" in str(error)
+        or "Caught MemoryError" in message
+    ):
+        return UserError(f"out of memory: {message} Ways out: {less_memory}")
+    if isinstance(error, OSError) and error.errno in _MACHINE_ERRNOS:
+        file = "" if error.filename is None else f"{error.filename}: "
+        return UserError(f"{file}{error.strerror}. Free some space, fix the permissions, or choose another path")
+    return None
+
+
+def run_cli(program: Callable[[], int]) -> int:
+    """Runs `program` and returns its exit code. Errors the user can fix are printed without a traceback."""
+    try:
+        return program()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except (UserError, MemoryError, RuntimeError, OSError) as error:
+        user_error = error if isinstance(error, UserError) else as_user_error(error)
+        if user_error is None:
+            raise
+        print(f"error: {user_error}", file=sys.stderr)
+        return user_error.exit_code

@@ -17,7 +17,10 @@ from utils.errors import TrainingDiverged, UserError
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "logs/x"), "logs/x: No space left on device. Make room"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "logs/x"),
+            "logs/x: No space left on device. Free some space",
+        ),
         (MemoryError(), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "Ways out: a smaller --batch-size"),
         (torch.OutOfMemoryError("CUDA out of memory"), "Ways out: a smaller --batch-size"),
@@ -40,13 +43,13 @@ def test_answers_become_exit_codes(capsys):
         return program
 
     assert run_cli(lambda: 0) == 0
-    assert run_cli(fails(UserError("mend it"))) == 2
+    assert run_cli(fails(UserError("fix it"))) == 2
     assert run_cli(fails(TrainingDiverged("not finite"))) == 3
     assert run_cli(fails(PermissionError(errno.EACCES, "Permission denied", "f"))) == 2
     assert run_cli(fails(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err.splitlines()[:3] == [
-        "error: mend it", "error: not finite",
-        "error: f: Permission denied. Make room or mend the rights there, or give another place",
+        "error: fix it", "error: not finite",
+        "error: f: Permission denied. Free some space, fix the permissions, or choose another path",
     ]  # fmt: skip
     with pytest.raises(RuntimeError, match="a fault"):
         run_cli(fails(RuntimeError("a fault")))
