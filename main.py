@@ -1,8 +1,8 @@
 """Try it on any machine (a small Swin learns handwritten digits; minutes on two CPU cores):
 
-    torchrun --standalone --nproc_per_node=1 main.py --cfg configs/demo.yaml
+    python main.py --cfg configs/demo.yaml
 
-Train Swin-T on ImageNet-1K with 8 GPUs, 1024 images an update; the same command again continues where it stopped:
+Train Swin-T on ImageNet-1K with 8 GPUs, 1024 images a step; the same command again resumes where it stopped:
 
     torchrun --standalone --nproc_per_node=8 main.py --cfg configs/swin_tiny.yaml --data-path DIR --batch-size 128
 
@@ -15,11 +15,11 @@ Measure images/s, without any data:
     python main.py --cfg configs/swin_tiny.yaml --throughput --batch-size 64
 
 DIR holds train/<class>/*.jpg and val/<class>/*.jpg. A run writes to OUTPUT/MODEL.NAME/TAG, by default
-logs/<name>/default. Every key that --cfg and --opts can set stands in config.py. Values count in this order, the last
-wins: defaults, files named by BASE, --cfg, the other flags, --opts.
+logs/<name>/default. config.py lists every key that --cfg and --opts can set. Later sources win over earlier ones:
+defaults, files named by BASE, --cfg, the other flags, --opts.
 """
 
-# Nothing here imports torch before the command line is understood, so that --help and mistakes are answered at once.
+# torch is imported only after the command line is parsed, so that --help and mistakes are answered at once.
 import argparse
 import io
 import os
@@ -35,12 +35,12 @@ from utils.config.merge import Override, nearest, parse_opts
 from utils.errors import ExitCode, LostProcess, UserError
 from utils.tracking import logger
 
-# By then torchrun has ended the processes that would only repeat what rank 0 said.
+# By then torchrun has ended the processes that would only repeat rank 0's message.
 OTHER_RANKS_DELAY_SECONDS = 5
 
 LESS_MEMORY = (
     "a smaller --batch-size with as many --accumulation-steps more (the same global batch), or --use-checkpoint; with "
-    "--allow-config-change where a run is continued"
+    "--allow-config-change when resuming a run"
 )
 
 
@@ -91,10 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("weights")
     flag("--pretrained", metavar="FILE", key="MODEL.PRETRAINED", help="start from this file, URL or released name")
-    flag("--resume", metavar="FILE", key="MODEL.RESUME", help="continue the run that saved this checkpoint")
+    flag("--resume", metavar="FILE", key="MODEL.RESUME", help="resume the run that saved this checkpoint")
 
     group = parser.add_argument_group("training")
-    flag("--accumulation-steps", metavar="N", key="TRAIN.ACCUMULATION_STEPS", help="micro-batches for one update")
+    flag("--accumulation-steps", metavar="N", key="TRAIN.ACCUMULATION_STEPS", help="micro-batches for one step")
     flag("--use-checkpoint", key="TRAIN.USE_CHECKPOINT", const=True, help="recompute activations: less memory, slower")
     flag("--disable_amp", "--disable-amp", key="AMP_ENABLE", const=False, help="no mixed precision: sets False")
     flag("--optim", metavar="NAME", key="TRAIN.OPTIMIZER.NAME", help="adamw or sgd")
@@ -104,11 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--tag", metavar="NAME", key="TAG", help="name of this run beside others of the same model")
     group.add_argument(
         "--allow-config-change", action="store_true",
-        help="continue in a folder although the configuration differs from that of its run (sets no key)",
+        help="resume a run although configuration, data or global batch size differ (sets no key)",
     )  # fmt: skip
 
-    group = parser.add_argument_group("accepted for old command lines")
-    flag("--local_rank", "--local-rank", metavar="N", key="LOCAL_RANK", help="no effect: torchrun tells it otherwise")
+    group = parser.add_argument_group("accepted for command lines of the original code")
+    flag("--local_rank", "--local-rank", metavar="N", key="LOCAL_RANK", help="no effect: torchrun sets LOCAL_RANK")
     flag("--amp-opt-level", metavar="LEVEL", key="AMP_OPT_LEVEL", help="of Apex: O0 is --disable_amp, others nothing")
     flag("--fused_window_process", key="FUSED_WINDOW_PROCESS", const=True, help="no effect: see MODEL.ATTN")
     flag("--fused_layernorm", key="FUSED_LAYERNORM", const=True, help="no effect: PyTorch's own LayerNorm is used")
@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_command_line(argv: Sequence[str]) -> tuple[CfgNode, argparse.Namespace]:
-    """The frozen configuration, and the arguments that are no keys of it (`cfg`, `allow_config_change`).
+    """Returns the frozen configuration, and the arguments that are no keys of it (`cfg`, `allow_config_change`).
 
     Raises:
         UserError: unknown or incomplete flag, --resume beside --pretrained, or anything `config.get_config` refuses.
@@ -136,34 +136,34 @@ def parse_command_line(argv: Sequence[str]) -> tuple[CfgNode, argparse.Namespace
         )
     flags = list(args.flags)
     if pretrained and pretrained.value and not resume:
-        # A checkpoint named in the file (as in the saved config of a resumed run) would win over the weights asked for.
+        # A checkpoint named in the file (as in the saved config of a resumed run) would win over the requested weights.
         flags.append(Override("MODEL.RESUME", "", pretrained.origin))
     return get_config(args.cfg, args.opts, flags), args
 
 
 def run(config: CfgNode, allow_config_change: bool) -> None:
-    """Joins the other processes of the run and does what the configuration asks for."""
+    """Joins the other processes of the run and trains, evaluates or measures, as configured."""
     from engine import evaluation, throughput, trainer
     from utils.distributed.process_group import process_group
 
     try:
         with process_group(config.TIMEOUT) as dist_info:
             if config.THROUGHPUT_MODE:
-                throughput.throughput(config, dist_info)
+                throughput.measure_throughput(config, dist_info)
             elif config.EVAL_MODE:
-                evaluation.evaluate(config, dist_info)
+                evaluation.evaluate_weights(config, dist_info)
             else:
                 trainer.train(config, dist_info, allow_config_change)
     except (MemoryError, RuntimeError, OSError) as error:
-        said = as_user_error(error, LESS_MEMORY)
-        if said is None:
+        user_error = as_user_error(error, LESS_MEMORY)
+        if user_error is None:
             raise
-        raise said from error
+        raise user_error from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv` (sys.argv by default) and returns the exit code, one of those in utils/errors.py."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold bytes that are no text
+    """Runs the command line `argv` (sys.argv by default) and returns an `ExitCode`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may contain bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
     logger.set_up(int(_rank()))
     try:
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(config, args.allow_config_change)
         return ExitCode.OK
     except UserError as error:
-        if _rank() != "0" and not isinstance(error, LostProcess):  # rank 0 may be the one that is lost
+        if _rank() != "0" and not isinstance(error, LostProcess):  # rank 0 may be the lost one
             time.sleep(OTHER_RANKS_DELAY_SECONDS)
         print(f"error{'' if _rank() == '0' else f' (rank {_rank()})'}: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,14 +1,14 @@
-"""Where a training run begins: its folder, the checkpoint it continues from, and whether it is the same run still."""
+"""Where a training run starts: its folder, the checkpoint that it resumes from, and whether it is still the same run."""
 
 import logging
 from dataclasses import asdict, dataclass, replace
 
 from yacs.config import CfgNode
 
-from config import differences, get_config, parse
+from config import differences, parse
 from data.build import Data
 from data.datasets.base import dataset_digest
-from engine.setup import load_pretrained, refuse_other_classes
+from engine.setup import check_same_class_names, load_pretrained
 from engine.train_step import TrainComponents, TrainState
 from models.pretrained.download import resolve_weights
 from utils.checkpoint.io import CheckpointFolder, read_checkpoint
@@ -20,90 +20,129 @@ from utils.tracking.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
-# Who changed neither of these means the same run, on however many processes.
+# Where both are unchanged, another number of ranks keeps the global batch size by other accumulation steps.
 _BATCH_KEYS = (("DATA", "BATCH_SIZE"), ("TRAIN", "ACCUMULATION_STEPS"))
 
 
 @dataclass(frozen=True)
-class TrainDataInfo:
-    """What the clock counts: the training images, and how many of them an update takes."""
+class ResumePoint:
+    """A checkpoint that has been read."""
 
-    images: int
-    dataset_digest: str  # of their names and labels, in their order
-    global_batch: int  # batch size x processes x accumulation steps
+    path: str
+    contents: dict
+
+
+@dataclass(frozen=True)
+class TrainDataInfo:
+    """The training data as far as resuming depends on them."""
+
+    num_images: int
+    dataset_digest: str  # of the names and labels of all images, in their order
+    global_batch_size: int  # images per step: batch size x world size x accumulation steps
 
     def state_dict(self) -> dict:
         return asdict(self)
 
 
-def open_run_folder(folder: RunDir, checkpoints: CheckpointFolder, config: CfgNode) -> None:
-    """Makes a folder that is this run's own ready, and begins to log into it.
+def open_run_dir(run_dir: RunDir, checkpoints: CheckpointFolder, config: CfgNode) -> None:
+    """Prepares a folder that this run has locked, and begins to log into it.
 
     Raises:
-        UserError: it cannot be written, or holds a run that is not to be continued.
+        UserError: it cannot be written, or holds a run that is not to be resumed.
     """
     try:
-        logger.add_file(folder.log_file)
+        logger.add_file(run_dir.log_file)
         checkpoints.prepare()
     except OSError as error:
         raise UserError(
-            f"{folder.path}: cannot be used ({error}). Give another folder with --output or --tag"
+            f"{run_dir.path}: cannot be used ({error}). Give another folder with --output or --tag"
         ) from error
     if not config.TRAIN.AUTO_RESUME and not config.MODEL.RESUME and checkpoints.last.exists():
         raise UserError(
-            f"{folder.path} holds a run, and TRAIN.AUTO_RESUME is off. Give this run a name of its own with --tag, or "
-            "name the checkpoint to continue from with --resume"
+            f"{run_dir.path} holds a run, and TRAIN.AUTO_RESUME is off. Give this run a name of its own with --tag, or "
+            "name the checkpoint to resume from with --resume"
         )
-    log.info("run folder %s", folder.path)
+    log.info("run folder %s", run_dir.path)
 
 
 def load_resume_checkpoint(
-    config: CfgNode, dist_info: DistInfo, folder: RunDir, checkpoints: CheckpointFolder
-) -> tuple[str, dict | None]:
-    """The checkpoint to continue from and its contents; ("", None) for a run that is new.
+    config: CfgNode, dist_info: DistInfo, run_dir: RunDir, checkpoints: CheckpointFolder
+) -> ResumePoint | None:
+    """Reads the checkpoint to resume from, once on each rank. None for a new run.
 
     Raises:
         UserError: it cannot be read, or holds no run.
     """
-    # Rank 0 chooses, so that all processes continue from the same file.
-    source = broadcast_from_main(_checkpoint_to_continue(config, folder, checkpoints) if dist_info.is_main else None)
-    if not source:
-        return "", None
+    # Rank 0 chooses, so that all ranks resume from the same file.
+    chosen = _choose_checkpoint(config, run_dir, checkpoints) if dist_info.is_main else None
+    path = broadcast_from_main(chosen.path if chosen else None)
+    if path is None:
+        return None
     with local_rank_zero_first(dist_info):
-        saved = read_checkpoint(resolve_weights(source, progress=dist_info.is_main))
-    validate_checkpoint(saved, source)
-    return source, saved
+        point = chosen or _read(path)
+    validate_checkpoint(point.contents, point.path)
+    return point
+
+
+# The order decides:
+# 1. --resume FILE, unless the run in this folder itself began from FILE: the same command then resumes the run.
+# 2. The newest readable checkpoint in the folder, with TRAIN.AUTO_RESUME.
+# 3. --resume FILE: the run begins from it.
+# 4. None: pretrained weights or random ones.
+def _choose_checkpoint(config: CfgNode, run_dir: RunDir, checkpoints: CheckpointFolder) -> ResumePoint | None:
+    requested = config.MODEL.RESUME
+    if requested and requested != _began_from(run_dir):
+        return _read(requested)
+    if config.TRAIN.AUTO_RESUME and (newest := checkpoints.newest()):
+        return ResumePoint(str(newest[0]), newest[1])
+    return _read(requested) if requested else None
+
+
+def _began_from(run_dir: RunDir) -> str:
+    """MODEL.RESUME of the run in the folder, "" where there is none."""
+    if not run_dir.config_file.exists():
+        return ""
+    return parse(run_dir.config_file.read_text(), str(run_dir.config_file)).MODEL.RESUME
+
+
+def _read(path: str) -> ResumePoint:
+    return ResumePoint(path, read_checkpoint(resolve_weights(path)))
 
 
 def check_resume_data(
-    config: CfgNode, dist_info: DistInfo, data: Data, source: str, saved: dict | None, allow_config_change: bool
+    config: CfgNode, dist_info: DistInfo, data: Data, point: ResumePoint | None, allow_config_change: bool
 ) -> TrainDataInfo:
-    """The training images of this run, and how many of them an update takes: as many as at its first start.
+    """Describes the training data of this run. A resumed run keeps its global batch size.
 
     Raises:
-        UserError: the checkpoint `saved` (called `source`) is of a run with another configuration, other data or
-            another global batch, and that was not accepted or cannot be.
+        UserError: the checkpoint is of a run with another configuration, other data or another global batch size, and
+            that was not allowed or cannot be.
     """
     images_per_micro_step = config.DATA.BATCH_SIZE * dist_info.world_size
-    now = TrainDataInfo(
-        len(data.train), dataset_digest(data.train), images_per_micro_step * config.TRAIN.ACCUMULATION_STEPS
+    current = TrainDataInfo(
+        num_images=len(data.train),
+        dataset_digest=dataset_digest(data.train),
+        global_batch_size=images_per_micro_step * config.TRAIN.ACCUMULATION_STEPS,
     )
-    if saved is None:
-        return now
-    then = parse(saved["config"], source)
-    before = TrainDataInfo(**saved["stream"]) if "stream" in saved else now
-    _refuse_other_config(source, then, config, allow_config_change)
-    refuse_other_classes(source, saved.get("class_names"), data.class_names)
-    _refuse_other_images(source, before, now, allow_config_change)
-    same = all(then[section][key] == config[section][key] for section, key in _BATCH_KEYS)
-    if same and before.global_batch != now.global_batch and before.global_batch % images_per_micro_step == 0:
-        log.info(
-            "%d process(es): %d accumulation steps hold the %d images an update of this run",
-            dist_info.world_size, before.global_batch // images_per_micro_step, before.global_batch,
-        )  # fmt: skip
-        now = replace(now, global_batch=before.global_batch)
-    _refuse_other_global_batch(source, before, now, config, dist_info, saved["state"]["samples"], allow_config_change)
-    return now
+    if point is None:
+        return current
+    saved_config = parse(point.contents["config"], point.path)
+    saved = TrainDataInfo(**point.contents["train_data"]) if "train_data" in point.contents else current
+    _check_config(point.path, saved_config, config, allow_config_change)
+    check_same_class_names(point.path, point.contents.get("class_names"), data.class_names)
+    _check_images(point.path, saved, current, allow_config_change)
+    same = all(saved_config[section][key] == config[section][key] for section, key in _BATCH_KEYS)
+    if same and saved.global_batch_size != current.global_batch_size:
+        if saved.global_batch_size % images_per_micro_step == 0:
+            log.info(
+                "%d process(es): %d accumulation steps keep the global batch size of %d images",
+                dist_info.world_size,
+                saved.global_batch_size // images_per_micro_step,
+                saved.global_batch_size,
+            )
+            current = replace(current, global_batch_size=saved.global_batch_size)
+    _check_global_batch_size(point, saved, current, config, dist_info, allow_config_change)
+    return current
 
 
 def resume_or_init(
@@ -111,119 +150,101 @@ def resume_or_init(
     dist_info: DistInfo,
     components: TrainComponents,
     class_names: list[str] | None,
-    source: str,
-    saved: dict | None,
+    point: ResumePoint | None,
 ) -> TrainState:
-    """Puts the run where it begins: at the checkpoint `saved`, else at pretrained weights, else at random ones.
+    """Loads the checkpoint to resume from, else pretrained weights, else keeps the random ones.
 
     Raises:
         UserError: the weights do not fit the model.
     """
     state = TrainState()
-    if saved is not None:
+    if point is not None:
         if config.MODEL.PRETRAINED:
             log.info("--pretrained %s is not read: the run has begun already", config.MODEL.PRETRAINED)
         try:
-            components.load_state_dict(saved)
+            components.load_state_dict(point.contents)
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(
-                f"{source}: does not fit this model or optimizer ({str(error)[:500]}). Continue with the configuration "
-                "that wrote it, or start a new run from its weights with --pretrained"
+                f"{point.path}: does not fit this model or optimizer ({str(error)[:500]}). Resume with the "
+                "configuration that wrote it, or start a new run from its weights with --pretrained"
             ) from error
-        state.load_state_dict(saved["state"])
-        log.info("continuing from %s, after %s images", source, f"{state.samples:,}")
+        state.load_state_dict(point.contents["state"])
+        log.info("resumed from %s, after %s images", point.path, f"{state.images_seen:,}")
     elif config.MODEL.PRETRAINED:
-        load_pretrained(config.MODEL.PRETRAINED, dist_info, components.module_without_ddp.model, class_names)
+        load_pretrained(config.MODEL.PRETRAINED, dist_info, components.module_without_ddp, class_names)
         if components.ema is not None:
             components.ema.set(components.module_without_ddp)
     return state
 
 
-def _checkpoint_to_continue(config: CfgNode, folder: RunDir, checkpoints: CheckpointFolder) -> str:
-    """`--resume FILE`, else the newest in the folder, else "".
-
-    A run that began from FILE goes on from its own checkpoints when it is started again with the same command.
-    """
-    asked = config.MODEL.RESUME
-    began = get_config(str(folder.config_file)).MODEL.RESUME if folder.config_file.exists() else ""
-    if asked and asked != began:
-        return asked
-    found = checkpoints.newest() if config.TRAIN.AUTO_RESUME else None
-    return str(found[0]) if found else asked
-
-
-def _refuse_other_config(source: str, then: CfgNode, config: CfgNode, allow_config_change: bool) -> None:
-    """Compares the configuration in the checkpoint `source` with this one.
-
-    What accumulation is for is the global batch, which is compared by itself: with another number of processes, other
-    steps are the same run.
-    """
-    changed = [change for change in differences(then, config) if change[0] != "TRAIN.ACCUMULATION_STEPS"]
+def _check_config(path: str, saved: CfgNode, current: CfgNode, allow_config_change: bool) -> None:
+    """Compares two configurations, except for accumulation steps: the global batch size is compared by itself."""
+    changed = [change for change in differences(saved, current) if change[0] != "TRAIN.ACCUMULATION_STEPS"]
     lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, old, new in changed)
     if changed and not allow_config_change:
         raise UserError(
-            f"{source} is of a run with another configuration:{lines}\nGive this run a name of its own with --tag, or "
-            "continue that one with these changes with --allow-config-change"
+            f"{path} is of a run with another configuration:{lines}\nGive this run a name of its own with --tag, or "
+            "resume that one with these changes with --allow-config-change"
         )
     if changed:
-        log.warning("continuing with another configuration:%s", lines)
+        log.warning("resuming with another configuration:%s", lines)
 
 
-def _refuse_other_images(source: str, before: TrainDataInfo, now: TrainDataInfo, allow_config_change: bool) -> None:
-    """Images that were added, removed or renamed between two starts give another order from the first one on."""
-    if before.dataset_digest == now.dataset_digest:
+def _check_images(path: str, saved: TrainDataInfo, current: TrainDataInfo, allow_config_change: bool) -> None:
+    """Images that were added, removed or renamed change the order from the first image on."""
+    if saved.dataset_digest == current.dataset_digest:
         return
-    what = f"{before.images:,} training images there, {now.images:,} now"
-    if before.images == now.images:
-        what = f"{now.images:,} training images as before, but not with the same names and labels"
+    change = f"{saved.num_images:,} training images there, {current.num_images:,} now"
+    if saved.num_images == current.num_images:
+        change = f"{current.num_images:,} training images as before, but not with the same names and labels"
     if not allow_config_change:
         raise UserError(
-            f"{source} is of a run on other data (DATA.DATA_PATH): {what}, so that their order would be another. Put "
-            f"the data back as they were, begin a new run from these weights with --tag NAME --pretrained {source}, or "
+            f"{path} is of a run on other data (DATA.DATA_PATH): {change}, so that their order would be another. Put "
+            f"the data back as they were, begin a new run from these weights with --tag NAME --pretrained {path}, or "
             "go on with the data as they are now with --allow-config-change"
         )
-    log.warning("continuing with other data: %s", what)
+    log.warning("resuming with other data: %s", change)
 
 
-def _refuse_other_global_batch(
-    source: str,
-    before: TrainDataInfo,
-    now: TrainDataInfo,
+def _check_global_batch_size(
+    point: ResumePoint,
+    saved: TrainDataInfo,
+    current: TrainDataInfo,
     config: CfgNode,
     dist_info: DistInfo,
-    samples: int,
     allow_config_change: bool,
 ) -> None:
-    if before.global_batch != now.global_batch and not allow_config_change:
-        way_out = suggest_batch_flags(before.global_batch, config.DATA.BATCH_SIZE, dist_info.world_size)
+    advice = suggest_batch_flags(saved.global_batch_size, config.DATA.BATCH_SIZE, dist_info.world_size)
+    if saved.global_batch_size != current.global_batch_size and not allow_config_change:
         raise UserError(
-            f"{source} is of a run with {before.global_batch} images an update, and this start has {now.global_batch} "
-            f"(batch size {config.DATA.BATCH_SIZE} x {dist_info.world_size} process(es) x accumulation steps "
-            f"{config.TRAIN.ACCUMULATION_STEPS}). {way_out}"
+            f"{point.path} is of a run with {saved.global_batch_size} images a step, and this start has "
+            f"{current.global_batch_size} (batch size {config.DATA.BATCH_SIZE} x {dist_info.world_size} process(es) x "
+            f"accumulation steps {config.TRAIN.ACCUMULATION_STEPS}). {advice}"
         )
-    if samples % now.global_batch:
+    images_seen = point.contents["state"]["images_seen"]
+    if images_seen % current.global_batch_size:
         raise UserError(
-            f"{source}: the run stands at {samples:,} images, which is no whole number of updates at "
-            f"{now.global_batch} images each (batch size x processes x accumulation steps). "
-            f"{suggest_batch_flags(before.global_batch, config.DATA.BATCH_SIZE, dist_info.world_size)}"
+            f"{point.path}: the run has seen {images_seen:,} images, which is no whole number of steps at "
+            f"{current.global_batch_size} images each (batch size x processes x accumulation steps). {advice}"
         )
 
 
-def suggest_batch_flags(global_batch: int, batch_size: int, processes: int) -> str:
-    """What to say to keep `global_batch` images an update with this number of processes; or with which it goes."""
-    if global_batch % processes:
-        possible = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
-        fewer, more = max(n for n in possible if n < processes), min((n for n in possible if n > processes), default=0)
+def suggest_batch_flags(global_batch_size: int, batch_size: int, world_size: int) -> str:
+    """Suggests flags that keep the global batch size, or the numbers of processes that allow it."""
+    if global_batch_size % world_size:
+        possible = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
+        fewer = max(n for n in possible if n < world_size)
+        more = min((n for n in possible if n > world_size), default=0)
         return (
-            f"{global_batch} images cannot be shared evenly by {processes} processes: start {fewer}"
+            f"{global_batch_size} images cannot be shared evenly by {world_size} processes: start {fewer}"
             f"{f' or {more}' if more else ''} of them, or change the number of images with --allow-config-change"
         )
-    share = global_batch // processes
-    if share % batch_size == 0:
-        return f"To hold the number it had: --accumulation-steps {share // batch_size}"
-    sizes = [size for size in range(1, batch_size + 1) if share % size == 0]
-    size = max(sizes, key=lambda size: (size % 2 == 0, size))  # an even one where there is one: Mixup pairs images
+    per_rank = global_batch_size // world_size
+    if per_rank % batch_size == 0:
+        return f"To keep the global batch size: --accumulation-steps {per_rank // batch_size}"
+    sizes = [size for size in range(1, batch_size + 1) if per_rank % size == 0]
+    size = max(sizes, key=lambda size: (size % 2 == 0, size))  # an even one if possible: Mixup pairs images
     return (
-        f"To hold the number it had: --batch-size {size} --accumulation-steps {share // size} (with --allow-config-change, "
-        "since Mixup then pairs other images)"
+        f"To keep the global batch size: --batch-size {size} --accumulation-steps {per_rank // size} (with "
+        "--allow-config-change, since Mixup then pairs other images)"
     )

@@ -1,16 +1,17 @@
-"""Measuring images per second."""
+"""Throughput: images per second of inference and of training (`main.py --throughput`)."""
 
 import itertools
 import logging
+import statistics
+import time
 from collections.abc import Callable
 
 import torch
 from yacs.config import CfgNode
 
-from engine import train_step
 from engine.setup import build_components, compile_and_wrap
-from engine.train_step import TrainComponents, TrainState
-from models.build import input_channels
+from engine.train_step import TrainComponents, TrainState, train_steps
+from tasks.task import Batch
 from utils.distributed.process_group import DistInfo
 from utils.precision import describe
 from utils.tracking.progress import memory_gib
@@ -19,51 +20,68 @@ from utils.tracking.run_dir import hardware
 log = logging.getLogger(__name__)
 
 
-def throughput(config: CfgNode, dist_info: DistInfo) -> None:
-    """Measures images/s of inference and of training on random images, without reading any data."""
-    size, channels, batch_size = config.DATA.IMG_SIZE, input_channels(config), config.DATA.BATCH_SIZE
-    num_classes = config.MODEL.NUM_CLASSES or 1000
-    components = build_components(config, dist_info, num_classes)
-    compile_and_wrap(config, dist_info, components)
-    batch = {
-        "image": torch.randn(batch_size, channels, size, size, device=dist_info.device),
-        "target": torch.rand(batch_size, num_classes, device=dist_info.device).softmax(1),
-        "position": 0,
-    }
-    infer = inference_step(components, batch["image"])
-    first = train_step.seconds_for(infer, 1, dist_info.device)
-    rate = train_step.measure(infer, batch_size, dist_info.device)
-    log_throughput("inference", rate, first, components, batch_size)
+def measure_throughput(config: CfgNode, dist_info: DistInfo) -> None:
+    """Measures images/s of inference and of training on random inputs, without reading any data."""
+    components = compile_and_wrap(config, dist_info, build_components(config, dist_info, None))
+    batch_size = config.DATA.BATCH_SIZE
+    batch = components.module_without_ddp.example_batch(batch_size, dist_info.device)
+    _measure_and_log("inference", inference_step(components, batch), batch_size, components, batch_size)
     if dist_info.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(dist_info.device)
-    global_batch = batch_size * config.TRAIN.ACCUMULATION_STEPS
-    update = training_step(components, batch)
-    first = train_step.seconds_for(update, 1, dist_info.device)
-    rate = train_step.measure(update, global_batch, dist_info.device)
-    log_throughput("training", rate, first, components, batch_size)
+    step = training_step(components, batch, batch_size)
+    _measure_and_log("training", step, batch_size * components.grad_accum_steps, components, batch_size)
 
 
-def inference_step(components: TrainComponents, images: torch.Tensor) -> Callable[[], None]:
-    """A forward pass of the learner's model over `images`."""
+def inference_step(components: TrainComponents, batch: Batch) -> Callable[[], None]:
+    """Returns a function that makes one forward pass over `batch`."""
+    task = components.module_without_ddp
 
     @torch.inference_mode()
     def infer() -> None:
-        components.module_without_ddp.eval()
+        task.eval()
         with components.autocast():
-            components.module_without_ddp.model(images)
+            task.predict(batch)
 
     return infer
 
 
-def training_step(components: TrainComponents, batch: dict) -> Callable[[], object]:
-    """An update by the training loop, with all that it counts and checks; each of its micro-batches is `batch`."""
-    global_batch = len(batch["image"]) * components.grad_accum_steps
-    updates = train_step.train(components, itertools.repeat(batch), TrainState(), lambda update: 1e-6, global_batch)
-    return lambda: next(updates)
+def training_step(components: TrainComponents, batch: Batch, batch_size: int) -> Callable[[], object]:
+    """Returns a function that makes one step of the training loop; each of its micro-batches is `batch`."""
+    global_batch_size = batch_size * components.grad_accum_steps
+    steps = train_steps(components, itertools.repeat(batch), TrainState(), lambda step: 1e-6, global_batch_size)
+    return lambda: next(steps)
 
 
-def log_throughput(what: str, rate: float, first: float, components: TrainComponents, batch_size: int) -> None:
+def seconds_for(step: Callable[[], object], times: int, device: torch.device) -> float:
+    """Returns the wall-clock seconds of `times` calls of `step`, until the device has finished them."""
+    start = time.perf_counter()
+    for _ in range(times):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def images_per_second(
+    step: Callable[[], object], images: int, device: torch.device, seconds: float = 2.0, runs: int = 5
+) -> float:
+    """Returns the images/s of `step`, which handles `images` images: the median of `runs` runs of `seconds` each."""
+    seconds_for(step, 2, device)  # warm-up: kernels are chosen, memory is allocated
+    times = max(1, round(seconds / seconds_for(step, 1, device)))
+    return statistics.median(times * images / seconds_for(step, times, device) for _ in range(runs))
+
+
+def _measure_and_log(
+    name: str, step: Callable[[], object], images: int, components: TrainComponents, batch_size: int
+) -> None:
+    first = seconds_for(step, 1, components.device)
     log.info(
         "%-9s  %8.1f images/s per process  %s  batch %d  peak memory %.2f GiB  first step %.1f s  %s",
-        what, rate, describe(components.amp_dtype), batch_size, memory_gib(components.device), first, hardware(),
-    )  # fmt: skip
+        name,
+        images_per_second(step, images, components.device),
+        describe(components.amp_dtype),
+        batch_size,
+        memory_gib(components.device),
+        first,
+        hardware(),
+    )

@@ -1,51 +1,56 @@
-"""The loops: train, evaluate, measure. They know objectives, batches and a clock; no flags, no files, no Swin.
+"""The optimizer step: gradient accumulation, clipping, skipping non-finite steps, and metrics that stay on the device.
 
-One update reads `accumulation` micro-batches, and the only thing that waits for the device is whoever reads the sums.
+From the outside in: `train_steps` → `train_step` → `_forward_backward`. This file knows tasks, batches and a counter of
+images; no flags, no files, no Swin.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from optimizer import Bf16Params
+from tasks.task import Batch, Task
 from utils.distributed.fsdp import gather_full_state, to_full_tensor
 from utils.errors import TrainingDiverged
 from utils.metrics import Sums
 from utils.seed import derive, seed_device
 
-Batch = dict[str, torch.Tensor]
-TRAIN_SUMS = ("updates", "finite", "loss", "grad_norm")
+STEP_SUMS = ("steps", "finite", "loss", "grad_norm")
 
 
 @dataclass
 class TrainState:
-    """All that a run is, beside the tensors: the clock, and what it has to remember of the past."""
+    """The state of a run apart from its tensors: the number of images seen, and what the log needs to remember."""
 
-    samples: int = 0  # the clock: images consumed, over all processes and epochs
-    best: float = float("-inf")  # the best value of the objective's main metric so far
-    skipped: int = 0  # updates skipped because something was not finite
+    images_seen: int = 0  # over all ranks and epochs; data order, augmentation and learning rate follow from it
+    best_metric: float | None = None  # best value so far of the metric that selects the best checkpoint
+    best_loss: float | None = None  # validation loss of that evaluation, which breaks ties
+    skipped: int = 0  # steps skipped because loss or gradient was not finite
     skipped_in_a_row: int = 0
-    epoch_sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TRAIN_SUMS, 0.0))
+    epoch_sums: dict[str, float] = field(default_factory=dict)  # of the current epoch, see `StepMetrics`
 
-    def end_epoch(self) -> float:
-        """The mean training loss of the epoch that is over; the next one begins."""
-        loss = self.epoch_sums["loss"] / max(1.0, self.epoch_sums["finite"])
-        self.epoch_sums = dict.fromkeys(TRAIN_SUMS, 0.0)
-        return loss
+    def end_epoch(self) -> dict[str, float]:
+        """Returns the mean training losses of the epoch by name, and begins the next one."""
+        finite = max(1.0, self.epoch_sums.get("finite", 0.0))
+        not_losses = ("steps", "finite", "grad_norm")
+        means = {name: total / finite for name, total in self.epoch_sums.items() if name not in not_losses}
+        self.epoch_sums = {}
+        return means
 
-    def update_best(self, value: float) -> bool:
-        """Whether `value` is the best of the main metric so far, which it then is."""
-        improved = value > self.best
-        self.best = max(self.best, value)
-        return improved
+    def update_best(self, value: float, loss: float, higher_is_better: bool) -> bool:
+        """Returns whether this evaluation is the best so far, and remembers it if so. The loss breaks ties."""
+        sign = 1 if higher_is_better else -1
+        if self.best_metric is not None and self.best_loss is not None:
+            if (sign * value, -loss) <= (sign * self.best_metric, -self.best_loss):
+                return False
+        self.best_metric, self.best_loss = value, loss
+        return True
 
     def state_dict(self) -> dict:
         return asdict(self)
@@ -55,12 +60,12 @@ class TrainState:
             setattr(self, name, value)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainComponents:
-    """What learns, and how an update is made."""
+    """The task, what trains it, and how a step is made. Complete when built: nothing is set afterwards."""
 
-    task: nn.Module  # wrapped in DDP where there are several processes
-    optimizer: torch.optim.Optimizer  # a fused one: it skips an update when told by a tensor
+    task: Task | DistributedDataParallel
+    optimizer: torch.optim.Optimizer  # a fused one, which skips a step if a tensor says so
     scaler: torch.amp.GradScaler  # disabled unless in float16
     device: torch.device
     amp_dtype: torch.dtype | None
@@ -69,15 +74,14 @@ class TrainComponents:
     max_bad_steps: int = 10
     seed: int = 0
     ema: ModelEmaV3 | None = None
-    bf16: Bf16Params | None = None  # where the model computes with bfloat16 matrices
+    bf16: Bf16Params | None = None  # where the model computes with bfloat16 copies of its matrices
 
     @property
-    def module_without_ddp(self) -> nn.Module:
-        """The objective without DDP around it."""
+    def module_without_ddp(self) -> Task:
         return self.task.module if isinstance(self.task, DistributedDataParallel) else self.task
 
     def state_dict(self) -> dict:
-        """All that was learnt. A collective call where the model is split over the processes: rank 0 gets it whole."""
+        """Returns model, optimizer, loss scale and average. A collective call under FSDP, where rank 0 gets them."""
         contents = {
             "model": self.module_without_ddp.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -88,26 +92,25 @@ class TrainComponents:
         return gather_full_state(contents)
 
     def load_state_dict(self, saved: dict) -> None:
-        """Takes over what was learnt; decay and the like stay as they were set for this run.
+        """Loads what `state_dict` returned. Weight decay and the like stay as configured for this run.
 
         Raises:
-            KeyError, RuntimeError, ValueError: `saved` belongs to another model, optimizer or set of groups.
+            KeyError, RuntimeError, ValueError: `saved` belongs to another model, optimizer or grouping.
         """
         self.module_without_ddp.model.load_state_dict(saved["model"])
-        own = self.optimizer.state_dict()
+        current = self.optimizer.state_dict()["param_groups"]
         if saved["optimizer_name"] != type(self.optimizer).__name__:
             raise ValueError(f"its optimizer is {saved['optimizer_name']}, not {type(self.optimizer).__name__}")
-        if [group["names"] for group in own["param_groups"]] != [
-            group["names"] for group in saved["optimizer"]["param_groups"]
-        ]:
+        saved_groups = saved["optimizer"]["param_groups"]
+        if [group["names"] for group in current] != [group["names"] for group in saved_groups]:
             raise ValueError("the optimizer's parameter groups differ")
-        # The learning rate is that of the last update, for whoever saves before the next one sets it.
-        rates = [group["lr"] for group in saved["optimizer"]["param_groups"]]
-        groups = [{**group, "lr": rate} for group, rate in zip(own["param_groups"], rates, strict=True)]
+        # The learning rate of the last step is kept, for a save before the next step sets it.
+        rates = [group["lr"] for group in saved_groups]
+        groups = [{**group, "lr": rate} for group, rate in zip(current, rates, strict=True)]
         self.optimizer.load_state_dict({"param_groups": groups, "state": saved["optimizer"]["state"]})
         for parameter, moments in self.optimizer.state.items():
             if any(value.ndim and value.shape != parameter.shape for value in moments.values()):
-                raise ValueError("the optimizer's averages are of other shapes than the weights")
+                raise ValueError("the optimizer's moments have other shapes than the weights")
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None:
@@ -118,119 +121,109 @@ class TrainComponents:
 
 
 class StepMetrics:
-    """Keeps count of the updates on the device, so that nothing waits for it until somebody settles the account."""
+    """Accumulates metrics on the device; `sync_and_reset()` copies them to the host.
+
+    The sums are `steps`, `finite` (how many of these were), and over the finite ones `loss`, each of the task's loss
+    terms, and `grad_norm`.
+    """
 
     def __init__(self, components: TrainComponents, state: TrainState):
         self._state = state
-        self._sums = Sums(TRAIN_SUMS, components.device)
+        self._sums = Sums((*STEP_SUMS, *components.module_without_ddp.loss_terms), components.device)
         self._skipped = torch.tensor([state.skipped, state.skipped_in_a_row, 0], device=components.device)
-        self._limit = components.max_bad_steps
-        # Looking at a GPU's counter waits for it: often enough to stop in time, and no more.
-        self._every = 1 if components.device.type == "cpu" else self._limit
+        self._max_bad_steps = components.max_bad_steps
+        # Reading a counter waits for the GPU, so it is read only as often as is needed to stop in time.
+        self._check_every = 1 if components.device.type == "cpu" else self._max_bad_steps
 
-    def note(self, update: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Counts update number `update`, whose gradient norm tells on every process alike whether it was finite."""
-        finite = norm.isfinite()
-        zero = torch.zeros_like(loss)
-        self._sums.add(
-            {
-                "updates": torch.ones_like(loss),
-                "finite": finite,
-                "loss": torch.where(finite, loss, zero),
-                "grad_norm": torch.where(finite, norm, zero),
-            }
-        )
+    def update(self, step: int, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
+        """Adds step number `step`. `grad_norm` is the same on all ranks, and so is whether it is finite."""
+        finite = grad_norm.isfinite()
+        values = {**losses, "grad_norm": grad_norm}
+        values = {name: torch.where(finite, value, torch.zeros_like(value)) for name, value in values.items()}
+        self._sums.add({"steps": torch.ones_like(grad_norm), "finite": finite, **values})
         total, in_a_row, longest = self._skipped.unbind()
         bad = (~finite).to(total.dtype)
         in_a_row = (in_a_row + 1) * bad
         self._skipped = torch.stack([total + bad, in_a_row, torch.maximum(longest, in_a_row)])
-        if (update + 1) % self._every == 0:
-            self._look_at_skipped()
+        if (step + 1) % self._check_every == 0:
+            self._check_skipped()
 
     def sync_and_reset(self) -> dict[str, float]:
-        """Brings the state up to date; returns the sums since the last time. A collective call.
-
-        Mean values are `loss / finite` and `grad_norm / finite`.
+        """Brings the state up to date and returns the sums since the last call. A collective call.
 
         Raises:
-            TrainingDiverged: too many updates in a row were skipped.
+            TrainingDiverged: too many steps in a row were skipped.
         """
-        self._look_at_skipped()
-        taken = self._sums.take()
-        self._state.epoch_sums = {name: self._state.epoch_sums[name] + taken[name] for name in taken}
-        return taken
+        self._check_skipped()
+        sums = self._sums.take()
+        self._state.epoch_sums = {name: self._state.epoch_sums.get(name, 0.0) + value for name, value in sums.items()}
+        return sums
 
-    def _look_at_skipped(self) -> None:
+    def _check_skipped(self) -> None:
         self._state.skipped, self._state.skipped_in_a_row, longest = self._skipped.tolist()
-        if longest >= self._limit:
+        if longest >= self._max_bad_steps:
             raise TrainingDiverged(
-                f"loss or gradients were not finite in {longest} updates in a row (TRAIN.MAX_BAD_STEPS {self._limit}), "
-                f"up to {self._state.samples:,} images; none of these updates was applied. "
-                "Ways out: a lower TRAIN.BASE_LR, AMP_DTYPE bfloat16 or float32, TRAIN.CLIP_GRAD above 0"
+                f"loss or gradients were not finite in {longest} steps in a row (TRAIN.MAX_BAD_STEPS "
+                f"{self._max_bad_steps}), up to {self._state.images_seen:,} images seen; none of these steps was "
+                "applied. Ways out: a lower TRAIN.BASE_LR, AMP_DTYPE bfloat16 or float32, TRAIN.CLIP_GRAD above 0"
             )
 
 
-def train(
+def train_steps(
     components: TrainComponents,
     batches: Iterable[Batch],
     state: TrainState,
     learning_rate: Callable[[int], float],
-    global_batch: int,
+    global_batch_size: int,
 ) -> Iterator[StepMetrics]:
-    """Trains on `batches` to their end, and gives control back after each update.
+    """Trains on `batches` to their end, and yields after each step.
 
     Args:
-        batches: micro-batches on the device, beginning at `state.samples`; each has its stream `position`.
-        state: its clock moves on by `global_batch` images at each update; the rest when the account is settled.
-        learning_rate: of an update's number, counted from 0.
-        global_batch: images per update, over all processes.
+        batches: micro-batches on the device, from `state.images_seen` on; each has its stream `position`.
+        state: `images_seen` grows by `global_batch_size` at each step; the rest is updated when metrics are synced.
+        learning_rate: as a function of the number of a step, counted from 0.
+        global_batch_size: images per step, over all ranks.
 
     Yields:
-        The account of the updates so far, to be settled before the state is looked at or saved.
+        The metrics so far; sync them before reading or saving the state.
 
     Raises:
-        TrainingDiverged: `learner.max_bad_steps` updates in a row were not finite.
+        TrainingDiverged: `components.max_bad_steps` steps in a row were not finite.
     """
-    account = StepMetrics(components, state)
+    metrics = StepMetrics(components, state)
     batches = iter(batches)
     for first in batches:
-        components.task.train()  # whoever evaluated in between may have left it in evaluation mode
-        number = state.samples // global_batch
+        components.task.train()  # an evaluation in between leaves it in evaluation mode
+        step = state.images_seen // global_batch_size
         for group in components.optimizer.param_groups:
-            group["lr"] = learning_rate(number) * group["lr_scale"]
-        loss, norm = _update(components, first, batches)
-        state.samples += global_batch
-        account.note(number, loss, norm)
-        yield account
+            group["lr"] = learning_rate(step) * group["lr_scale"]
+        losses, grad_norm = train_step(components, first, batches)
+        state.images_seen += global_batch_size
+        metrics.update(step, losses, grad_norm)
+        yield metrics
 
 
-def _update(components: TrainComponents, first: Batch, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer update over `accumulation` micro-batches → this process's mean loss, and the gradient norm."""
-    losses = []
-    for step in range(components.grad_accum_steps):
-        batch = first if step == 0 else next(batches)
+def train_step(components: TrainComponents, first: Batch, batches: Iterator[Batch]) -> tuple[dict[str, Tensor], Tensor]:
+    """Makes one optimizer step over `grad_accum_steps` micro-batches, of which `first` is the first.
+
+    Returns:
+        This rank's mean losses by name, and the norm of the gradient over all ranks, before clipping.
+    """
+    micro_losses = []
+    for micro_step in range(components.grad_accum_steps):
+        batch = first if micro_step == 0 else next(batches)
         seed_device(derive(components.seed, "model", batch["position"]), components.device)
-        last = step == components.grad_accum_steps - 1
-        # Bfloat16 gradients are summed over processes at once: over micro-batches they add up in float32.
-        defer_grad_sync = isinstance(components.task, DistributedDataParallel) and not last and components.bf16 is None
-        with components.task.no_sync() if defer_grad_sync else nullcontext():
-            with components.autocast():
-                loss = components.task(batch)["loss"]
-            # A loss that is not finite makes the gradients NaN, and the sum over processes carries that to every one
-            # of them: all skip the same update, and nobody had to ask.
-            nonfinite_to_nan = torch.where(loss.detach().isfinite(), 1.0, float("nan")) / components.grad_accum_steps
-            components.scaler.scale(loss * nonfinite_to_nan).backward()
+        micro_losses.append(_forward_backward(components, batch, micro_step == components.grad_accum_steps - 1))
         if components.bf16 is not None:
             components.bf16.accumulate_master_grads()
-        losses.append(loss.detach())
 
     components.scaler.unscale_(components.optimizer)
     parameters = [p for group in components.optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = to_full_tensor(get_total_norm([p.grad for p in parameters]))
+    grad_norm = to_full_tensor(get_total_norm([p.grad for p in parameters]))
     if components.clip_grad > 0:
-        clip_grads_with_norm_(parameters, components.clip_grad, norm)
+        clip_grads_with_norm_(parameters, components.clip_grad, grad_norm)
     if not components.scaler.is_enabled():
-        components.optimizer.found_inf = (~norm.isfinite()).float()
+        components.optimizer.found_inf = (~grad_norm.isfinite()).float()
     components.scaler.step(components.optimizer)
     components.scaler.update()
     if components.bf16 is not None:
@@ -238,41 +231,19 @@ def _update(components: TrainComponents, first: Batch, batches: Iterator[Batch])
     components.optimizer.zero_grad(set_to_none=True)
     if components.ema is not None:
         components.ema.update(components.module_without_ddp)
-    return torch.stack(losses).mean(), norm
+    return {name: torch.stack([each[name] for each in micro_losses]).mean() for name in micro_losses[0]}, grad_norm
 
 
-@torch.inference_mode()
-def evaluate(components: TrainComponents, task: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-    """Means of the objective's metrics over all images of all processes, each image counted once.
-
-    `objective` is `learner.bare` or an average of it; the sums are over images, so that neither the batch size nor the
-    number of processes weighs in. A collective call.
-    """
-    task.eval()
-    sums = Sums(("count", *task.metrics), components.device)
-    for batch in batches:
+def _forward_backward(components: TrainComponents, batch: Batch, is_last: bool) -> dict[str, Tensor]:
+    """Adds the gradients of one micro-batch; the ranks exchange them after the last one. Returns its losses."""
+    task = components.task
+    # bfloat16 gradients are exchanged after each micro-batch, since they are accumulated in float32 masters.
+    defer_grad_sync = isinstance(task, DistributedDataParallel) and not is_last and components.bf16 is None
+    with task.no_sync() if defer_grad_sync else nullcontext():
         with components.autocast():
-            measured = task.measure(batch)
-        sums.add(measured)
-    totals = sums.take()
-    count = totals.pop("count")
-    return {"images": int(count)} | {name: total / max(count, 1) for name, total in totals.items()}
-
-
-def seconds_for(step: Callable[[], object], times: int, device: torch.device) -> float:
-    """Wall-clock seconds of `times` calls of `step`, until the device is done with them."""
-    start = time.perf_counter()
-    for _ in range(times):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def measure(
-    step: Callable[[], object], images: int, device: torch.device, seconds: float = 2.0, runs: int = 5
-) -> float:
-    """Images per second of `step`, which handles `images` of them: the median of `runs` runs of `seconds` each."""
-    seconds_for(step, 2, device)  # warm-up: kernels are chosen, memory is allocated
-    times = max(1, round(seconds / seconds_for(step, 1, device)))
-    return statistics.median(times * images / seconds_for(step, times, device) for _ in range(runs))
+            output = task(batch)
+        loss = output["loss"]
+        # NaN gradients spread through the all-reduce, so all ranks skip the same step without extra communication.
+        nonfinite_to_nan = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
+        components.scaler.scale(loss * (nonfinite_to_nan / components.grad_accum_steps)).backward()
+    return {name: output[name].detach() for name in ("loss", *components.module_without_ddp.loss_terms)}

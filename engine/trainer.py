@@ -1,30 +1,39 @@
-"""Training, from wherever the run in its folder stands to its last epoch."""
+"""Training: from wherever the run in its folder stopped to its last epoch.
+
+From the outside in: `train` → `_train_locked` → `Trainer.fit` → `engine.train_step.train_steps`.
+"""
 
 import itertools
 import logging
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from yacs.config import CfgNode
 
 from config import dump
-from data.build import Data, TrainBatches, ValBatches, build_datasets, model_inputs, val_batches
+from data.build import Data, TrainBatches, ValBatches, val_batches
 from data.loader.loader import explain_worker_crash
-from engine import train_step
-from engine.resume import TrainDataInfo, check_resume_data, load_resume_checkpoint, open_run_folder, resume_or_init
+from engine import evaluation, train_step
+from engine.resume import (
+    TrainDataInfo,
+    check_resume_data,
+    load_resume_checkpoint,
+    open_run_dir,
+    resume_or_init,
+)
 from engine.setup import build_components, compile_and_wrap
-from engine.train_step import TrainComponents, TrainState
+from engine.train_step import StepMetrics, TrainComponents, TrainState
 from lr_scheduler import Schedule, build_schedule
+from tasks.build import open_data
+from tasks.task import Batch, Task
 from utils.checkpoint.async_saver import AsyncCheckpointer
 from utils.checkpoint.io import CheckpointFolder, not_finite
-from utils.distributed.fsdp import summon_full_params
 from utils.distributed.preemption import PreemptionHandler
 from utils.distributed.process_group import DistInfo, broadcast_from_main
 from utils.errors import TrainingDiverged, UserError
-from utils.tracking.image_grid import caption_of, captioned_grid
 from utils.tracking.logger import FILE_ONLY
 from utils.tracking.metric_writer import MetricWriter
 from utils.tracking.progress import Progress
@@ -35,206 +44,241 @@ log = logging.getLogger(__name__)
 
 
 def train(config: CfgNode, dist_info: DistInfo, allow_config_change: bool = False) -> None:
-    """Trains from where the run in its folder stands to its last epoch, and says where the results are.
+    """Trains from where the run in its folder stopped to its last epoch, and logs where the results are.
 
     Raises:
-        UserError: anything the user can mend, in data, files or configuration.
-        TrainingDiverged: the numbers stopped being finite.
+        UserError: anything in data, files or configuration that the user can change.
+        TrainingDiverged: loss or gradients stayed non-finite.
     """
-    # The folder first: whether this run may write there is known before anything slow happens.
-    folder = RunDir(Path(config.OUTPUT, config.MODEL.NAME, config.TAG))
-    checkpoints = CheckpointFolder(folder.checkpoints, config.SAVE_KEEP)
+    # Lock the folder before anything slow happens.
+    run_dir = RunDir(Path(config.OUTPUT, config.MODEL.NAME, config.TAG))
+    checkpoints = CheckpointFolder(run_dir.checkpoints, config.SAVE_KEEP)
     with ExitStack() as stack:
         refusal = None
         if dist_info.is_main:
             try:
-                stack.enter_context(folder.lock())
-                open_run_folder(folder, checkpoints, config)
+                stack.enter_context(run_dir.lock())
+                open_run_dir(run_dir, checkpoints, config)
             except UserError as error:
                 refusal = str(error)
-        if refusal := broadcast_from_main(refusal):  # all leave alike, instead of waiting for one that has gone
+        if refusal := broadcast_from_main(refusal):  # all ranks end, instead of waiting for rank 0
             raise UserError(refusal)
         try:
-            _train_locked(folder, checkpoints, config, dist_info, allow_config_change)
-        except (UserError, KeyboardInterrupt) as error:  # said on the terminal by main.py
-            log.error("%s", error or "interrupted", extra=FILE_ONLY)
+            _train_locked(run_dir, checkpoints, config, dist_info, allow_config_change)
+        except (UserError, KeyboardInterrupt) as error:  # main.py prints it on the terminal
+            log.error("%s", str(error) or "interrupted", extra=FILE_ONLY)
             raise
 
 
 def _train_locked(
-    folder: RunDir, checkpoints: CheckpointFolder, config: CfgNode, dist_info: DistInfo, allow_config_change: bool
+    run_dir: RunDir, checkpoints: CheckpointFolder, config: CfgNode, dist_info: DistInfo, allow_config_change: bool
 ) -> None:
-    """`train`, in a folder that is this run's own."""
     with ExitStack() as stack:
-        stop = stack.enter_context(closing(PreemptionHandler(config.TIMEOUT)))  # first: a signal may come at any time
+        preemption = stack.enter_context(closing(PreemptionHandler(config.TIMEOUT)))  # a signal may come at any time
 
-        # Data and the place where this run begins, and with them the number of classes and the length of everything.
-        data = build_datasets(config, dist_info)
-        source, saved = load_resume_checkpoint(config, dist_info, folder, checkpoints)
-        stream = check_resume_data(config, dist_info, data, source, saved, allow_config_change)
-        schedule = build_schedule(config, stream.images, stream.global_batch)
+        # The data and the checkpoint to resume from: the number of classes and the length of everything follow.
+        data = open_data(config, dist_info)
+        point = load_resume_checkpoint(config, dist_info, run_dir, checkpoints)
+        train_data = check_resume_data(config, dist_info, data, point, allow_config_change)
+        schedule = build_schedule(config, train_data.num_images, train_data.global_batch_size)
 
         # The model and what trains it.
-        components = build_components(config, dist_info, data.num_classes)
-        components.grad_accum_steps = stream.global_batch // (config.DATA.BATCH_SIZE * dist_info.world_size)
-        log.info(
-            "%s training images of %d classes; %d images an update, %s updates, learning rate up to %.3g",
-            f"{stream.images:,}", data.num_classes, stream.global_batch, f"{schedule.total_updates:,}",
-            schedule.base_lr,
-        )  # fmt: skip
-        if stream.global_batch > stream.images:
-            log.warning(
-                "an update takes more images than there are: it ends %.1f epochs", stream.global_batch / stream.images
-            )
-        state = resume_or_init(config, dist_info, components, data.class_names, source, saved)
-        del saved  # as large as all that is trained
-        run = Run(config, dist_info, folder, data, stream, schedule, components, state)
-        if run.complete:
+        grad_accum_steps = train_data.global_batch_size // (config.DATA.BATCH_SIZE * dist_info.world_size)
+        components = build_components(config, dist_info, data, grad_accum_steps)
+        _log_plan(train_data, schedule)
+        state = resume_or_init(config, dist_info, components, data.class_names, point)
+        del point  # as large as everything that is trained
+
+        clock = Clock(state, train_data.num_images, train_data.global_batch_size, schedule.total_steps, config.TRAIN.EPOCHS)
+        if clock.complete:
             log.info("this run is complete: all %d epochs are done", config.TRAIN.EPOCHS)
-        elif stop.should_stop_now():
-            log.info("asked to stop: nothing was done yet; the same command continues")
+        elif preemption.should_stop_now():
+            log.info("stopped before the first step; the same command continues")
             return
         else:
-            compile_and_wrap(config, dist_info, components)
+            components = compile_and_wrap(config, dist_info, components)
+            trainer = Trainer(config, dist_info, run_dir, data, train_data, schedule, components, state, clock)
             checkpointer = stack.enter_context(closing(AsyncCheckpointer(checkpoints))) if dist_info.is_main else None
             try:
-                if not run.fit(stop, checkpointer):
+                if not trainer.fit(preemption, checkpointer):
                     return
             except TrainingDiverged as error:
                 last = f"The last good checkpoint is {checkpoints.last}" if checkpoints.last.exists() else "None yet"
                 raise TrainingDiverged(f"{error}. {last}") from error
-        log_results(config, folder, checkpoints, state)
+        log_results(components.module_without_ddp, best_metric_name(config, components.module_without_ddp), run_dir, checkpoints, state)
 
 
-class Run:
-    """The updates, evaluations and saves of one start of a run, beginning at `state`."""
+def _log_plan(train_data: TrainDataInfo, schedule: Schedule) -> None:
+    log.info(
+        "%s training images; %d images a step, %s steps, learning rate up to %.3g",
+        f"{train_data.num_images:,}",
+        train_data.global_batch_size,
+        f"{schedule.total_steps:,}",
+        schedule.base_lr,
+    )
+    if train_data.global_batch_size > train_data.num_images:
+        epochs = train_data.global_batch_size / train_data.num_images
+        log.warning("a step takes more images than there are: it completes %.1f epochs", epochs)
 
-    def __init__(
-        self,
-        config: CfgNode,
-        dist_info: DistInfo,
-        folder: RunDir,
-        data: Data,
-        stream: TrainDataInfo,
-        schedule: Schedule,
-        components: TrainComponents,
-        state: TrainState,
-    ):
-        self.config = config
-        self.dist_info = dist_info
-        self.folder = folder
-        self.data = data
-        self.stream = stream
-        self.schedule = schedule
-        self.components = components
-        self.state = state
-        self.total_samples = schedule.total_updates * stream.global_batch
+
+@dataclass(frozen=True)
+class Clock:
+    """Converts the number of images seen into steps and epochs."""
+
+    state: TrainState
+    num_images: int  # in an epoch
+    global_batch_size: int
+    total_steps: int
+    epochs: int
 
     @property
-    def update(self) -> int:
-        """How many updates were made so far."""
-        return self.state.samples // self.stream.global_batch
+    def step(self) -> int:
+        """The number of steps made so far."""
+        return self.state.images_seen // self.global_batch_size
+
+    @property
+    def total_images(self) -> int:
+        return self.total_steps * self.global_batch_size
 
     @property
     def epoch(self) -> int:
-        """How many epochs were completed so far."""
-        return min(self.state.samples // self.stream.images, self.config.TRAIN.EPOCHS)
+        """The number of epochs completed so far. The last step may reach over the end of the last one."""
+        return min(self.state.images_seen // self.num_images, self.epochs)
 
     @property
     def epoch_ended(self) -> bool:
-        """Whether the last update completed an epoch."""
-        return self.epoch > (self.state.samples - self.stream.global_batch) // self.stream.images
+        """Whether the last step completed an epoch."""
+        return self.epoch > (self.state.images_seen - self.global_batch_size) // self.num_images
 
     @property
     def eval_pending(self) -> bool:
-        """Whether an epoch is complete but for its evaluation."""
-        return self.epoch_ended and self.state.epoch_sums["updates"] > 0
+        """Whether an epoch is complete except for its evaluation."""
+        return self.epoch_ended and self.state.epoch_sums.get("steps", 0) > 0
 
     @property
     def complete(self) -> bool:
-        return self.state.samples >= self.total_samples and not self.eval_pending
+        return self.state.images_seen >= self.total_images and not self.eval_pending
 
-    def fit(self, stop: PreemptionHandler, checkpointer: AsyncCheckpointer | None) -> bool:
-        """Trains to the last epoch; False when asked to stop before. All is saved when it returns.
+
+@dataclass(frozen=True)
+class Trainer:
+    """The steps, evaluations and saves of one start of a run, from `state` on."""
+
+    config: CfgNode
+    dist_info: DistInfo
+    run_dir: RunDir
+    data: Data
+    train_data: TrainDataInfo
+    schedule: Schedule
+    components: TrainComponents
+    state: TrainState
+    clock: Clock
+
+    def fit(self, preemption: PreemptionHandler, checkpointer: AsyncCheckpointer | None) -> bool:
+        """Trains to the last epoch. Returns False if asked to stop before. Everything is saved when it returns.
 
         Raises:
-            UserError: the last state could not be saved; and all that `train` raises.
+            UserError: the last state could not be saved; and everything that `train` raises.
         """
-        batches = TrainBatches(self.config, self.data, self.dist_info, self.state.samples, self.total_samples)
+        train = TrainBatches(
+            self.config, self.data, self.dist_info, self.state.images_seen, self.clock.total_images
+        )
         val = val_batches(self.config, self.data, self.dist_info)
-        reporter, stream = None, iter(batches)
+        logger, stream = None, iter(train)
         if self.dist_info.is_main:
-            reporter = self._open_reporter()
-            if self.state.samples == 0:
-                stream = show_first_batch(reporter.records, self.config, stream, self.data.class_names)
+            logger = self._open_logger()
+            if self.state.images_seen == 0:
+                stream = show_first_batch(logger.writer, self.components.module_without_ddp, stream)
         try:
             with explain_worker_crash(self.config.DATA.NUM_WORKERS):
-                done = self._loop(stop, checkpointer, reporter, batches, stream, val)
+                done = self._loop(preemption, checkpointer, logger, train, stream, val)
         finally:
-            if reporter:
-                reporter.close()
+            if logger:
+                logger.close()
         self._finish_saving(checkpointer)
         return done
 
     def _loop(
-        self, stop, checkpointer, reporter, batches: TrainBatches, stream: Iterator[dict], val: ValBatches
+        self,
+        preemption: PreemptionHandler,
+        checkpointer: AsyncCheckpointer | None,
+        logger: TrainLogger | None,
+        train: TrainBatches,
+        stream: Iterator[Batch],
+        val: ValBatches,
     ) -> bool:
-        """The updates from here on, and what is done between them."""
-        freq, state = self.config, self.state
-        if self.eval_pending and not self._end_epoch(stop, checkpointer, reporter, val):
+        config, state, clock = self.config, self.state, self.clock
+        if clock.eval_pending and not self._end_epoch(preemption, checkpointer, logger, val):
             return self._log_stopped()
-        for account in train_step.train(self.components, stream, state, self.schedule.at, self.stream.global_batch):
-            stopping = stop.should_stop()
-            saving = self.epoch_ended or stopping or (freq.SAVE_STEPS > 0 and self.update % freq.SAVE_STEPS == 0)
-            if saving or self.update % freq.PRINT_FREQ == 0:
-                taken = account.sync_and_reset()
-                if reporter:
-                    settings = {"lr": self.schedule.at(self.update - 1)} | optimizer_settings(
-                        self.config, self.components
-                    )
-                    reporter.updates(self.update, state.samples, batches.wait_seconds, taken, settings)
+        steps = train_step.train_steps(
+            self.components, stream, state, self.schedule.at, self.train_data.global_batch_size
+        )
+        for metrics in steps:
+            stopping = preemption.should_stop()
+            saving = clock.epoch_ended or stopping or (config.SAVE_STEPS > 0 and clock.step % config.SAVE_STEPS == 0)
+            if saving or clock.step % config.PRINT_FREQ == 0:
+                self._log_steps(metrics, logger, train)
             if saving:
-                # Before an epoch's evaluation too, so that whatever ends the run there loses the evaluation alone.
+                # Also before the evaluation of an epoch, so that a crash there loses the evaluation alone.
                 self._save(checkpointer)
-            if stopping or (self.epoch_ended and not self._end_epoch(stop, checkpointer, reporter, val)):
+            if stopping or (clock.epoch_ended and not self._end_epoch(preemption, checkpointer, logger, val)):
                 return self._log_stopped()
-            if saving and reporter:
-                reporter.resume_clock(state.samples, batches.wait_seconds)
+            if saving and logger:
+                logger.resume_clock(state.images_seen, train.wait_seconds)
         return True
+
+    def _log_steps(self, metrics: StepMetrics, logger: TrainLogger | None, train: TrainBatches) -> None:
+        sums = metrics.sync_and_reset()
+        if logger:
+            settings = {"lr": self.schedule.at(self.clock.step - 1), "weight_decay": self.config.TRAIN.WEIGHT_DECAY}
+            if self.components.scaler.is_enabled():
+                settings["loss_scale"] = self.components.scaler.get_scale()
+            logger.log_steps(self.clock.step, self.state.images_seen, train.wait_seconds, sums, settings)
 
     def _end_epoch(
         self,
-        stop: PreemptionHandler,
+        preemption: PreemptionHandler,
         checkpointer: AsyncCheckpointer | None,
-        reporter: TrainLogger | None,
+        logger: TrainLogger | None,
         val: ValBatches,
     ) -> bool:
-        """Evaluates, reports and saves the complete epoch; False, having changed nothing, when asked to stop."""
+        """Evaluates, logs and saves the complete epoch. Returns False, having changed nothing, if asked to stop."""
         most = broadcast_from_main(len(val))
-        measured = evaluate_all(self.components, lambda: stop.iterate_until_stop(val, most))
-        if stop.should_stop_now():
+        evaluated = evaluation.evaluate_with_average(self.components, lambda: preemption.iterate_until_stop(val, most))
+        if preemption.should_stop_now():
             return False
-        state, epoch = self.state, self.epoch
-        figures = {"train_loss": state.end_epoch()} | measured
-        improved = state.update_best(max(figures["acc1"], figures.get("ema_acc1", 0.0)))
-        if reporter:
-            figures |= {"lr": self.schedule.at(self.update - 1), "skipped": state.skipped, "best": state.best}
-            reporter.epoch(epoch, self.update, state.samples, figures)
+        state, epoch = self.state, self.clock.epoch
+        metrics = {f"train_{name}": mean for name, mean in state.end_epoch().items()} | evaluated
+        improved = self._update_best(evaluated)
+        if logger:
+            metrics |= {"lr": self.schedule.at(self.clock.step - 1), "skipped": state.skipped}
+            logger.log_epoch(epoch, self.clock.step, state.images_seen, metrics | {"best": state.best_metric})
         numbered = epoch % self.config.SAVE_FREQ == 0 or epoch == self.config.TRAIN.EPOCHS
         self._save(checkpointer, epoch if numbered else None, improved)
         return True
 
+    def _update_best(self, evaluated: dict[str, float]) -> bool:
+        """Returns whether the model or its average is the best so far."""
+        name = best_metric_name(self.config, self._task)
+        key, higher_is_better = ("val_loss", False) if name == "loss" else (name, self._task.metrics[name])
+        improved = [
+            self.state.update_best(evaluated[prefix + key], evaluated[prefix + "val_loss"], higher_is_better)
+            for prefix in ("", "ema_")
+            if prefix + key in evaluated
+        ]
+        return any(improved)
+
     def _save(self, checkpointer: AsyncCheckpointer | None, epoch: int | None = None, best: bool = False) -> None:
-        """Saves in the background; see docs/FORMATS.md for the contents. A collective call.
+        """Saves in the background; docs/FORMATS.md describes the contents. A collective call.
 
         Raises:
-            TrainingDiverged: not all numbers are finite; on all processes alike.
+            TrainingDiverged: not all numbers are finite; on all ranks.
         """
         contents = {
             **self.components.state_dict(),
             "format": 1,
             "state": self.state.state_dict(),
-            "stream": self.stream.state_dict(),
+            "train_data": self.train_data.state_dict(),
             "class_names": self.data.class_names,
             "config": dump(self.config),
         }
@@ -244,7 +288,7 @@ class Run:
             checkpointer.save(contents, epoch, best)
 
     def _finish_saving(self, checkpointer: AsyncCheckpointer | None) -> None:
-        """All processes leave alike: with an error where the last state is not on the disk."""
+        """Waits for the last save. All ranks raise the same error if it failed."""
         refusal = None
         if checkpointer:
             try:
@@ -255,60 +299,58 @@ class Run:
             raise UserError(refusal)
 
     def _log_stopped(self) -> bool:
-        log.info("asked to stop: saved after %s images; the same command continues", f"{self.state.samples:,}")
+        log.info("stopped and saved after %s images; the same command continues", f"{self.state.images_seen:,}")
         return False
 
-    def _open_reporter(self) -> TrainLogger:
-        self.folder.write_config(dump(self.config))
-        details = {"samples": self.state.samples, "global_batch": self.stream.global_batch}
-        self.folder.record_launch(
-            details | {"processes": self.dist_info.world_size, "device": str(self.dist_info.device)}
+    def _open_logger(self) -> TrainLogger:
+        state, clock = self.state, self.clock
+        self.run_dir.write_config(dump(self.config))
+        self.run_dir.record_launch(
+            {
+                "images_seen": state.images_seen,
+                "global_batch_size": self.train_data.global_batch_size,
+                "world_size": self.dist_info.world_size,
+                "device": str(self.dist_info.device),
+                "main_metric": best_metric_name(self.config, self._task),
+            }
         )
-        progress = Progress(self.total_samples, self.state.samples, self.config.TRAIN.EPOCHS, self.stream.images)
-        records = MetricWriter(
-            self.folder.path, self.folder.tensorboard, self.update, self.state.samples, self.eval_pending
+        progress = Progress(clock.total_images, state.images_seen, clock.epochs, clock.num_images)
+        writer = MetricWriter(
+            self.run_dir.path, self.run_dir.tensorboard, clock.step, state.images_seen, clock.eval_pending
         )
-        records.add_text("config", self.folder.config_file.read_text())
-        return TrainLogger(records, progress, self.dist_info.device, self.state.samples)
+        writer.add_text("config", self.run_dir.config_file.read_text())
+        return TrainLogger(writer, progress, self.dist_info.device, state.images_seen)
+
+    @property
+    def _task(self) -> Task:
+        return self.components.module_without_ddp
 
 
-def show_first_batch(
-    records: MetricWriter, config: CfgNode, stream: Iterator[dict], class_names: list[str] | None
-) -> Iterator[dict]:
-    """Draws the first batch as the network gets it, and gives the stream back whole."""
+def show_first_batch(writer: MetricWriter, task: Task, stream: Iterator[Batch]) -> Iterator[Batch]:
+    """Draws the first batch as the network sees it, and returns the whole stream."""
     first = next(stream)
-    inputs = model_inputs(config)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (inputs.mean, inputs.std))
-    images = first["image"][:32].cpu() * std + mean
-    captions = [caption_of(target, class_names) for target in first["target"][:32].cpu()]
-    records.add_picture("first_batch", captioned_grid(images, captions))
+    writer.add_image("first_batch", task.batch_image(first))
     return itertools.chain([first], stream)
 
 
-def optimizer_settings(config: CfgNode, components: TrainComponents) -> dict[str, float]:
-    scale = {"loss_scale": components.scaler.get_scale()} if components.scaler.is_enabled() else {}
-    return {"weight_decay": config.TRAIN.WEIGHT_DECAY} | scale
+def best_metric_name(config: CfgNode, task: Task) -> str:
+    """Returns the metric that selects the best checkpoint.
+
+    Raises:
+        UserError: TRAIN.BEST_METRIC is no metric of the task.
+    """
+    name = task.main_metric if config.TRAIN.BEST_METRIC == "auto" else config.TRAIN.BEST_METRIC
+    if name not in task.metrics:
+        raise UserError(f"TRAIN.BEST_METRIC {name} is not measured here. Take one of auto, {', '.join(task.metrics)}")
+    return name
 
 
-def evaluate_all(components: TrainComponents, val: Callable[[], Iterable[dict]]) -> dict[str, float]:
-    """Metrics of the model, and with the prefix `ema_` those of its average, each over `val()`. A collective call."""
-    with summon_full_params(components.module_without_ddp):
-        figures = train_step.evaluate(components, components.module_without_ddp, val())
-    figures = {"val_loss": figures.pop("loss"), **figures}
-    if components.ema is not None:
-        with summon_full_params(components.ema.module):
-            averaged = train_step.evaluate(components, components.ema.module, val())
-        figures |= {f"ema_{name}": averaged[name] for name in ("acc1", "acc5")}
-    return figures
-
-
-def log_results(config: CfgNode, folder: RunDir, checkpoints: CheckpointFolder, state: TrainState) -> None:
+def log_results(task: Task, metric: str, run_dir: RunDir, checkpoints: CheckpointFolder, state: TrainState) -> None:
+    evaluate = ["python", "main.py", "--cfg", str(run_dir.config_file), "--eval", "--resume", str(checkpoints.best)]
     log.info(
-        "best top-1 %.2f %%\n  log           less %s\n  TensorBoard   tensorboard --logdir %s\n  best weights  %s",
-        state.best,
-        shlex.quote(str(folder.log_file)),
-        shlex.quote(str(folder.tensorboard)),
-        shlex.join(
-            ["python", "main.py", "--cfg", str(folder.config_file), "--eval", "--resume", str(checkpoints.best)]
-        ),
+        "best %s\n  log           less %s\n  TensorBoard   tensorboard --logdir %s\n  best weights  %s",
+        task.describe({metric: state.best_metric}),
+        shlex.quote(str(run_dir.log_file)),
+        shlex.quote(str(run_dir.tensorboard)),
+        shlex.join(evaluate),
     )

@@ -7,7 +7,7 @@ from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from timm.scheduler.step_lr import StepLRScheduler
 from yacs.config import CfgNode
 
-from lr_scheduler import Schedule, build_schedule, updates_in
+from lr_scheduler import Schedule, build_schedule, steps_in
 
 TOTAL, WARMUP, BASE, START, MIN = 300, 20, 1e-3, 1e-6, 1e-5
 
@@ -44,7 +44,7 @@ def test_cosine_is_timms(prefix: bool, warmup: int):
 def test_step_is_timms():
     # In the timm of the original code the warm-up runs underneath the steps, which is today's warmup_prefix=False.
     reference = values_of(StepLRScheduler, decay_t=30, decay_rate=0.1, warmup_t=WARMUP, warmup_prefix=False)
-    assert schedule("step", decay_updates=30, decay_rate=0.1) == pytest.approx(reference, rel=1e-12)
+    assert schedule("step", decay_steps=30, decay_rate=0.1) == pytest.approx(reference, rel=1e-12)
 
 
 def test_multistep_is_timms():
@@ -70,10 +70,10 @@ def test_unknown_name():
 
 
 def test_updates_round_up_so_that_no_image_is_left_out():
-    assert updates_in(1, 1000, 100) == 10
-    assert updates_in(1, 1001, 100) == 11
-    assert updates_in(300, 1_281_167, 1024) == 375_342
-    assert updates_in(1, 50, 1024) == 1
+    assert steps_in(1, 1000, 100) == 10
+    assert steps_in(1, 1001, 100) == 11
+    assert steps_in(300, 1_281_167, 1024) == 375_342
+    assert steps_in(1, 50, 1024) == 1
 
 
 def test_rates_are_scaled_once_with_the_global_batch():
@@ -98,6 +98,6 @@ def test_rates_are_scaled_once_with_the_global_batch():
     )
     built = build_schedule(config, samples=1_281_167, global_batch=1024)
     assert (built.base_lr, built.warmup_lr, built.min_lr) == (1e-3, 1e-6, 1e-5)
-    assert built.total_updates == 375_342
-    assert built.warmup_updates == 25_023
+    assert built.total_steps == 375_342
+    assert built.warmup_steps == 25_023
     assert config.TRAIN.BASE_LR == 5e-4

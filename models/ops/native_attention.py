@@ -24,7 +24,7 @@ SHARES = 32  # of the windows, each with its own sum of bias gradients
 
 LIBRARY = NativeLibrary(
     purpose="window attention for this CPU",
-    folder=Path(__file__).with_name("native_code"),
+    folder=Path(__file__).with_name("native"),
     language="c++",
     flags=("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"),
 )

@@ -5,7 +5,7 @@
 // transposed, keys down and queries across, so that the softmax runs down the columns and no vector is summed across.
 //
 // Shapes as in native.py. NP is N up to whole vectors of 16.
-#include "native_words.h"
+#include "packs.h"
 
 #include <algorithm>
 #include <cmath>

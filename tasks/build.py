@@ -1,0 +1,37 @@
+"""Chooses the task of a configuration, with the data that it needs."""
+
+from yacs.config import CfgNode
+
+from data.build import Data, build_datasets, model_inputs
+from models.build import build_model, input_channels
+from tasks.classification import Classification
+from tasks.task import Task
+from utils.distributed.process_group import DistInfo
+
+
+def open_data(config: CfgNode, dist_info: DistInfo) -> Data:
+    """Opens the data sets of the task.
+
+    Raises:
+        UserError: see `data.build.build_datasets`.
+    """
+    return build_datasets(config, dist_info)
+
+
+def build_task(config: CfgNode, data: Data | None) -> Task:
+    """Builds the task with its model, whose weights are random, on the CPU.
+
+    Args:
+        data: None where speed is measured without any; the number of classes is then that of the configuration.
+    """
+    num_classes = (config.MODEL.NUM_CLASSES or 1000) if data is None else data.num_classes
+    inputs, size = model_inputs(config), config.DATA.IMG_SIZE
+    return Classification(
+        build_model(config, num_classes),
+        config.MODEL.LABEL_SMOOTHING,
+        input_shape=(input_channels(config), size, size),
+        num_classes=num_classes,
+        class_names=None if data is None else data.class_names,
+        mean=inputs.mean,
+        std=inputs.std,
+    )
