@@ -89,7 +89,9 @@ def _train_locked(
         state = resume_or_init(config, dist_info, components, data.class_names, point)
         del point  # as large as everything that is trained
 
-        clock = Clock(state, train_data.num_images, train_data.global_batch_size, schedule.total_steps, config.TRAIN.EPOCHS)
+        clock = Clock(
+            state, train_data.num_images, train_data.global_batch_size, schedule.total_steps, config.TRAIN.EPOCHS
+        )
         if clock.complete:
             log.info("this run is complete: all %d epochs are done", config.TRAIN.EPOCHS)
         elif preemption.should_stop_now():
@@ -105,7 +107,13 @@ def _train_locked(
             except TrainingDiverged as error:
                 last = f"The last good checkpoint is {checkpoints.last}" if checkpoints.last.exists() else "None yet"
                 raise TrainingDiverged(f"{error}. {last}") from error
-        log_results(components.module_without_ddp, best_metric_name(config, components.module_without_ddp), run_dir, checkpoints, state)
+        log_results(
+            components.module_without_ddp,
+            best_metric_name(config, components.module_without_ddp),
+            run_dir,
+            checkpoints,
+            state,
+        )
 
 
 def _log_plan(train_data: TrainDataInfo, schedule: Schedule) -> None:
@@ -180,9 +188,7 @@ class Trainer:
         Raises:
             UserError: the last state could not be saved; and everything that `train` raises.
         """
-        train = TrainBatches(
-            self.config, self.data, self.dist_info, self.state.images_seen, self.clock.total_images
-        )
+        train = TrainBatches(self.config, self.data, self.dist_info, self.state.images_seen, self.clock.total_images)
         val = val_batches(self.config, self.data, self.dist_info)
         logger, stream = None, iter(train)
         if self.dist_info.is_main:

@@ -96,7 +96,7 @@ def test_rates_are_scaled_once_with_the_global_batch():
             }
         }
     )
-    built = build_schedule(config, samples=1_281_167, global_batch=1024)
+    built = build_schedule(config, num_images=1_281_167, global_batch_size=1024)
     assert (built.base_lr, built.warmup_lr, built.min_lr) == (1e-3, 1e-6, 1e-5)
     assert built.total_steps == 375_342
     assert built.warmup_steps == 25_023

@@ -1,4 +1,4 @@
-"""Bfloat16 matrices with float32 masters: what learns, what is saved, and that a resumed run has the same bits."""
+"""bfloat16 parameters with float32 masters: training, checkpoints, and resuming to the same bits."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 
 from config import get_config
 from engine.setup import build_components, compile_and_wrap
-from engine.train_step import TrainComponents, TrainState, train
+from engine.train_step import TrainComponents, TrainState, train_steps
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
 from utils.paths import REPO_ROOT
@@ -27,13 +27,12 @@ BATCH = 8
 
 
 def make(bf16: bool, weights: dict | None = None, more: str = "") -> TrainComponents:
-    opts = f"{OPTS} AMP_DTYPE bfloat16 TRAIN.EMA_DECAY 0.9 TRAIN.BF16_PARAMS {bf16} {more}"
+    opts = f"{OPTS} MODEL.NUM_CLASSES 5 AMP_DTYPE bfloat16 TRAIN.EMA_DECAY 0.9 TRAIN.BF16_PARAMS {bf16} {more}"
     config = get_config(None, opts.split())
-    components = build_components(config, ALONE, 5)
+    components = build_components(config, ALONE, None)
     if weights is not None:
         components.load_state_dict(weights)
-    compile_and_wrap(config, ALONE, components)
-    return components
+    return compile_and_wrap(config, ALONE, components)
 
 
 def batches(first: int, last: int) -> list[dict]:
@@ -47,10 +46,10 @@ def batches(first: int, last: int) -> list[dict]:
 
 
 def run(components: TrainComponents, given: list[dict], state: TrainState | None = None) -> list[float]:
-    """The loss of each update."""
+    """Returns the loss of each step."""
     state = state or TrainState()
     rate, size = 2e-3, BATCH * components.grad_accum_steps
-    return [account.sync_and_reset()["loss"] for account in train(components, given, state, lambda update: rate, size)]
+    return [each.sync_and_reset()["loss"] for each in train_steps(components, given, state, lambda step: rate, size)]
 
 
 def assert_same(one: object, other: object) -> None:
@@ -141,7 +140,7 @@ def test_two_processes(tmp_path: Path):
         return torch.load(tmp_path / "demo" / tag / "checkpoints" / "last.pth", weights_only=True)
 
     def losses(tag: str) -> list[float]:
-        """Of the first updates: later on roundings have grown."""
+        """Compares the first steps only: rounding differences grow."""
         lines = (tmp_path / "demo" / tag / "metrics.jsonl").read_text().splitlines()[:3]
         return [json.loads(line)["loss"] for line in lines]
 

@@ -1,4 +1,4 @@
-"""The loops on a model of a few parameters: the clock, skipped updates, accumulation, averages, exact evaluation."""
+"""The training step on a model of a few parameters: images seen, skipped steps, accumulation, moving averages."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import train_step
-from engine.train_step import TrainComponents, TrainState, evaluate, measure, train
+from engine.train_step import TrainComponents, TrainState, train_steps
 from tasks.classification import Classification
 from utils.errors import TrainingDiverged
 
@@ -27,7 +27,9 @@ class Tiny(nn.Module):
         return self.drop(self.body(x.flatten(1)))
 
 
-def make_learner(optimizer: str = "adamw", amp_dtype: torch.dtype | None = None, **kwargs) -> TrainComponents:
+def make_components(
+    optimizer: str = "adamw", amp_dtype: torch.dtype | None = None, ema_decay: float = 0.0, **kwargs
+) -> TrainComponents:
     torch.manual_seed(0)
     task = Classification(Tiny())
     group = {"params": list(task.parameters()), "names": ["w", "b"], "lr_scale": 1.0}
@@ -36,7 +38,8 @@ def make_learner(optimizer: str = "adamw", amp_dtype: torch.dtype | None = None,
     else:
         built = torch.optim.SGD([group], lr=0.0, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=amp_dtype is torch.float16)
-    return TrainComponents(task, built, scaler, CPU, amp_dtype, **kwargs)
+    ema = ModelEmaV3(task, decay=ema_decay) if ema_decay else None
+    return TrainComponents(task, built, scaler, CPU, amp_dtype, ema=ema, **kwargs)
 
 
 def make_batches(count: int, start: int = 0, bad: tuple[int, ...] = (), size: int = BATCH) -> list[dict]:
@@ -52,12 +55,12 @@ def make_batches(count: int, start: int = 0, bad: tuple[int, ...] = (), size: in
 
 
 def run(
-    components: TrainComponents, batches: list[dict], state: TrainState | None = None, lr=lambda update: 0.01
+    components: TrainComponents, batches: list[dict], state: TrainState | None = None, lr=lambda step: 0.01
 ) -> TrainState:
     state = state or TrainState()
-    global_batch = BATCH * components.grad_accum_steps
-    for account in train(components, batches, state, lr, global_batch):
-        account.sync_and_reset()
+    global_batch_size = BATCH * components.grad_accum_steps
+    for metrics in train_steps(components, batches, state, lr, global_batch_size):
+        metrics.sync_and_reset()
     return state
 
 
@@ -67,19 +70,18 @@ def weights(components: TrainComponents) -> torch.Tensor:
 
 def test_clock_and_learning_rate():
     seen = []
-    state = run(make_learner(), make_batches(5), lr=lambda update: seen.append(update) or 0.01)
-    assert state.samples == 5 * BATCH
+    state = run(make_components(), make_batches(5), lr=lambda step: seen.append(step) or 0.01)
+    assert state.images_seen == 5 * BATCH
     assert seen == [0, 1, 2, 3, 4]
 
 
-def test_one_update_is_plain_pytorchs():
-    components = make_learner("sgd", clip_grad=0.1)
-    twin = make_learner("sgd").task
+def test_one_step_is_plain_pytorchs():
+    components = make_components("sgd", clip_grad=0.1, grad_accum_steps=2)
+    twin = make_components("sgd").task
     batches = make_batches(2)
-    components.grad_accum_steps = 2
     for module in (components.task, twin):
         module.model.drop.p = 0.0
-    run(components, batches, lr=lambda update: 0.5)
+    run(components, batches, lr=lambda step: 0.5)
     loss = sum(twin(batch)["loss"] for batch in batches) / 2
     loss.backward()
     nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
@@ -88,24 +90,24 @@ def test_one_update_is_plain_pytorchs():
 
 
 def test_accumulation_equals_one_large_batch():
-    whole, parts = make_learner("sgd"), make_learner("sgd", grad_accum_steps=2)
+    whole, parts = make_components("sgd"), make_components("sgd", grad_accum_steps=2)
     for components in (whole, parts):
         components.task.model.drop.p = 0.0
     large = [{k: torch.cat([a[k], b[k]]) for k in ("image", "target")} | {"position": 0} for a, b in [make_batches(2)]]
-    for _ in train(whole, large, TrainState(), lambda update: 0.1, 2 * BATCH):
+    for _ in train_steps(whole, large, TrainState(), lambda step: 0.1, 2 * BATCH):
         pass
-    run(parts, make_batches(2), lr=lambda update: 0.1)
+    run(parts, make_batches(2), lr=lambda step: 0.1)
     torch.testing.assert_close(weights(whole), weights(parts), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_update_that_is_not_finite_is_skipped_and_counted(optimizer: str, amp_dtype: torch.dtype | None):
-    components = make_learner(optimizer, amp_dtype, clip_grad=5.0, grad_accum_steps=2)
+def test_a_non_finite_step_is_skipped_and_counted(optimizer: str, amp_dtype: torch.dtype | None):
+    components = make_components(optimizer, amp_dtype, clip_grad=5.0, grad_accum_steps=2)
     state, history = TrainState(), []
-    for account in train(components, make_batches(12, bad=(5,)), state, lambda update: 0.1, 2 * BATCH):
+    for metrics in train_steps(components, make_batches(12, bad=(5,)), state, lambda step: 0.1, 2 * BATCH):
         history.append(weights(components))
-        taken = account.sync_and_reset()
+        taken = metrics.sync_and_reset()
         assert taken["finite"] == (0 if len(history) == 3 else 1)
         assert math.isfinite(taken["loss"])
     unchanged = [torch.equal(a, b) for a, b in zip(history, history[1:], strict=False)]
@@ -115,30 +117,27 @@ def test_update_that_is_not_finite_is_skipped_and_counted(optimizer: str, amp_dt
 
 
 def test_run_stops_after_max_bad_steps_in_a_row():
-    components = make_learner(max_bad_steps=3)
+    components = make_components(max_bad_steps=3)
     state = TrainState()
-    with pytest.raises(TrainingDiverged, match="3 updates in a row.*TRAIN.MAX_BAD_STEPS 3.*20 images"):
+    with pytest.raises(TrainingDiverged, match="3 steps in a row.*TRAIN.MAX_BAD_STEPS 3.*20 images"):
         run(components, make_batches(20, bad=(1, *range(2, 20))[1:]), state)
-    assert state.samples == 5 * BATCH
+    assert state.images_seen == 5 * BATCH
 
 
-def test_bad_updates_with_good_ones_between_do_not_stop_it():
-    state = run(make_learner(max_bad_steps=2), make_batches(10, bad=(1, 3, 5, 7)))
-    assert state.skipped == 4 and state.samples == 10 * BATCH
+def test_bad_steps_with_good_ones_between_do_not_stop_it():
+    state = run(make_components(max_bad_steps=2), make_batches(10, bad=(1, 3, 5, 7)))
+    assert state.skipped == 4 and state.images_seen == 10 * BATCH
 
 
 def test_resumed_in_the_middle_is_the_same_to_the_bit():
-    """Dropout included: its draws are functions of the clock, not of what ran before."""
-    through = make_learner(ema=None)
-    through.ema = ModelEmaV3(through.task, decay=0.9)
+    """Including dropout: its draws are functions of the images seen, not of what ran before."""
+    through = make_components(ema_decay=0.9)
     run(through, make_batches(8))
 
-    first = make_learner()
-    first.ema = ModelEmaV3(first.task, decay=0.9)
+    first = make_components(ema_decay=0.9)
     state = run(first, make_batches(5))
     torch.rand(100)  # another process would have drawn other numbers
-    second = make_learner()
-    second.ema = ModelEmaV3(second.task, decay=0.9)
+    second = make_components(ema_decay=0.9)
     saved = first.state_dict()
     second.load_state_dict(saved)
     resumed = TrainState()
@@ -152,7 +151,7 @@ def test_resumed_in_the_middle_is_the_same_to_the_bit():
 
 
 def test_settings_of_this_run_survive_loading():
-    first, second = make_learner(), make_learner()
+    first, second = make_components(), make_components()
     run(first, make_batches(1))
     second.optimizer.param_groups[0]["weight_decay"] = 0.3
     second.load_state_dict(first.state_dict())
@@ -160,33 +159,15 @@ def test_settings_of_this_run_survive_loading():
 
 
 def test_another_grouping_is_refused():
-    first, second = make_learner(), make_learner()
+    first, second = make_components(), make_components()
     run(first, make_batches(1))
     second.optimizer.param_groups[0]["names"] = ["other", "names"]
     with pytest.raises(ValueError, match="groups"):
         second.load_state_dict(first.state_dict())
 
 
-def test_evaluation_does_not_depend_on_the_batch_size():
-    components = make_learner()
-    whole = make_batches(1, size=30)
-    parts = [{k: v[i : i + 7] for k, v in whole[0].items() if k != "position"} for i in range(0, 30, 7)]
-    one, other = (evaluate(components, components.module_without_ddp, batches) for batches in (whole, parts))
-    assert one["images"] == other["images"] == 30
-    for name in ("loss", "acc1", "acc5"):
-        assert one[name] == pytest.approx(other[name], rel=1e-6)
-    logits = components.module_without_ddp.model(whole[0]["image"])
-    assert one["acc1"] == pytest.approx(100 * (logits.argmax(1) == whole[0]["target"]).double().mean().item())
-
-
-def test_measure_gives_images_per_second():
-    calls = []
-    rate = measure(lambda: calls.append(sum(range(1000))), images=10, device=CPU, seconds=0.01, runs=3)
-    assert rate > 0 and len(calls) >= 6
-
-
-class Looks(TorchDispatchMode):
-    """Counts how often a number is fetched from a tensor, for which a GPU's queue would have to run empty."""
+class HostReads(TorchDispatchMode):
+    """Counts reads of a tensor's value by the host, each of which would wait for a GPU."""
 
     number = 0
 
@@ -196,13 +177,44 @@ class Looks(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("clip_grad", [0.0, 0.01])
-def test_an_update_waits_for_nothing(clip_grad: float):
-    """Clipping and skipping what is not finite included."""
-    components = make_learner(clip_grad=clip_grad, grad_accum_steps=2)
+def test_a_step_never_waits_for_the_device(clip_grad: float):
+    """Including clipping and the skipping of non-finite steps."""
+    components = make_components(clip_grad=clip_grad, grad_accum_steps=2)
     before = weights(components)
-    with Looks() as looks:
+    with HostReads() as reads:
         first, second = make_batches(2)
-        _, norm = train_step._update(components, first, iter([second]))
-        assert looks.number == 0
-        assert bool(norm > clip_grad) and looks.number == 1  # it does count
+        _, norm = train_step.train_step(components, first, iter([second]))
+        assert reads.number == 0
+        assert bool(norm > clip_grad) and reads.number == 1  # it does count
     assert torch.equal(weights(components), before)  # at a learning rate of zero
+
+
+def test_best_metric_follows_its_direction_and_the_loss_breaks_ties():
+    state = TrainState()
+    assert state.update_best(80.0, 1.0, higher_is_better=True)
+    assert not state.update_best(80.0, 1.0, higher_is_better=True)
+    assert not state.update_best(79.0, 0.1, higher_is_better=True)
+    assert state.update_best(80.0, 0.9, higher_is_better=True)
+    assert (state.best_metric, state.best_loss) == (80.0, 0.9)
+    state = TrainState()
+    assert state.update_best(0.5, 0.5, higher_is_better=False)
+    assert state.update_best(0.4, 0.4, higher_is_better=False)
+    assert not state.update_best(0.45, 0.45, higher_is_better=False)
+
+
+class TwoTerms(Classification):
+    loss_terms = ("squared",)
+
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        output = super().forward(batch)
+        return output | {"squared": output["loss"] ** 2}
+
+
+def test_further_loss_terms_are_averaged_by_name():
+    torch.manual_seed(0)
+    task = TwoTerms(Tiny())
+    optimizer = torch.optim.SGD([{"params": list(task.parameters()), "lr_scale": 1.0}], lr=0.0, fused=True)
+    components = TrainComponents(task, optimizer, torch.amp.GradScaler("cpu", enabled=False), CPU, None)
+    state = run(components, make_batches(2))
+    assert state.epoch_sums["squared"] > 0 and set(state.end_epoch()) == {"loss", "squared"}
+    assert state.epoch_sums == {}

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.distributed.tensor import DTensor
+from yacs.config import CfgNode
 
 from config import get_config
 from engine.setup import apply_fsdp, build_components, compile_and_wrap
-from engine.train_step import TrainComponents, TrainState, train
+from engine.train_step import TrainComponents, TrainState, train_steps
 from main import main
 from utils.distributed.fsdp import summon_full_params
 from utils.distributed.process_group import DistInfo
@@ -34,7 +36,7 @@ TRAIN: {EPOCHS: 3, WARMUP_EPOCHS: 1, BASE_LR: 0.05, EMA_DECAY: 0.9}
 AMP_ENABLE: False
 PRINT_FREQ: 1
 """
-ALONE = DistInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
+ALONE = DistInfo.single(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -50,19 +52,20 @@ def one_process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def learner_of(recipe: Path, **opts) -> tuple:
+def build(recipe: Path, **opts) -> tuple[CfgNode, TrainComponents]:
+    opts |= {"MODEL__NUM_CLASSES": 2}
     config = get_config(str(recipe), [word for pair in opts.items() for word in (pair[0].replace("__", "."), pair[1])])
-    return config, build_components(config, ALONE, num_classes=2)
+    return config, build_components(config, ALONE, None)
 
 
-def updates(components: TrainComponents, number: int) -> None:
+def make_steps(components: TrainComponents, number: int) -> None:
     draw = torch.Generator().manual_seed(0)
     batches = [
         {"image": torch.randn(4, 3, 32, 32, generator=draw), "target": torch.tensor([0, 1, 1, 0]), "position": 4 * i}
         for i in range(number)
     ]
-    for account in train(components, batches, TrainState(), lambda update: 1e-3, global_batch=4):
-        account.sync_and_reset()
+    for metrics in train_steps(components, batches, TrainState(), lambda step: 1e-3, global_batch_size=4):
+        metrics.sync_and_reset()
 
 
 def assert_close(one: dict, other: dict, where: str = "") -> None:
@@ -76,23 +79,23 @@ def assert_close(one: dict, other: dict, where: str = "") -> None:
             torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6, msg=f"{where}.{key}")
 
 
-def test_a_split_learner_goes_on_from_and_saves_what_a_whole_one_does(recipe, one_process_group):
-    config, plain = learner_of(recipe)
-    _, split = learner_of(recipe)
-    updates(plain, 2)
+def test_sharded_components_resume_from_and_save_full_state_dicts(recipe, one_process_group):
+    config, plain = build(recipe)
+    _, split = build(recipe)
+    make_steps(plain, 2)
     split.load_state_dict(copy.deepcopy(plain.state_dict()))  # as from a file: nothing is shared
-    apply_fsdp(config, ALONE, split)
+    split = apply_fsdp(config, ALONE, split)
     assert all(isinstance(parameter, DTensor) for parameter in split.module_without_ddp.parameters())
-    updates(plain, 3)
-    updates(split, 3)
+    make_steps(plain, 3)
+    make_steps(split, 3)
     assert_close(plain.state_dict(), split.state_dict())
     assert not any(isinstance(value, DTensor) for value in split.state_dict()["model"].values())
     plain.load_state_dict(split.state_dict())  # and back
 
 
-def test_brought_together_it_computes_the_same_and_is_split_again_after(recipe, one_process_group):
-    config, components = learner_of(recipe)
-    apply_fsdp(config, ALONE, components)
+def test_full_params_compute_the_same_and_are_sharded_again_afterwards(recipe, one_process_group):
+    config, components = build(recipe)
+    components = apply_fsdp(config, ALONE, components)
     image = torch.zeros(1, 3, 32, 32)
     components.module_without_ddp.eval()
     with torch.no_grad():
@@ -102,24 +105,24 @@ def test_brought_together_it_computes_the_same_and_is_split_again_after(recipe, 
         assert torch.equal(components.module_without_ddp.model(image), before)
         assert torch.equal(components.module_without_ddp.model(image), before)
     assert all(isinstance(parameter, DTensor) for parameter in components.module_without_ddp.parameters())
-    updates(components, 1)
+    make_steps(components, 1)
 
 
 def test_float16_is_refused(recipe, one_process_group):
-    config, components = learner_of(recipe)
-    components.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    config, components = build(recipe)
+    components = replace(components, scaler=torch.amp.GradScaler("cpu", enabled=True))
     with pytest.raises(UserError, match="AMP_DTYPE bfloat16"):
         apply_fsdp(config, ALONE, components)
 
 
-def test_one_process_has_nothing_to_split(recipe):
-    config, components = learner_of(recipe, TRAIN__PARALLEL="fsdp")
-    compile_and_wrap(config, ALONE, components)
+def test_a_single_rank_is_not_sharded(recipe):
+    config, components = build(recipe, TRAIN__PARALLEL="fsdp")
+    components = compile_and_wrap(config, ALONE, components)
     assert not any(isinstance(parameter, DTensor) for parameter in components.module_without_ddp.parameters())
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_split_or_not(recipe: Path, tmp_path: Path):
+def test_two_ranks_train_the_same_with_fsdp_as_with_ddp(recipe: Path, tmp_path: Path):
     """The same losses as ddp; killed and continued to the same bits; evaluated by one process without fsdp."""
     # 9 validation images: one process has two batches of them, the other has one
     for split, counts in (("train", (11, 11)), ("val", (5, 4))):
@@ -137,10 +140,10 @@ def test_two_processes_train_the_same_split_or_not(recipe: Path, tmp_path: Path)
         lines = (tmp_path / "logs" / "tiny" / tag / "metrics.jsonl").read_text().splitlines()
         return [record for line in lines if "loss" in (record := json.loads(line))]
 
-    to_full_tensor = run("ddp")
-    split = run("fsdp", "--opts", "TRAIN.PARALLEL", "fsdp")
-    assert len(to_full_tensor) == len(split) > 6
-    for one, other in zip(to_full_tensor, split, strict=True):
+    ddp = run("ddp")
+    fsdp = run("fsdp", "--opts", "TRAIN.PARALLEL", "fsdp")
+    assert len(ddp) == len(fsdp) > 6
+    for one, other in zip(ddp, fsdp, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
     folder = tmp_path / "logs" / "tiny" / "fsdp" / "checkpoints"
     run("again", "--resume", str(folder / "epoch_0002.pth"), "--opts", "TRAIN.PARALLEL", "fsdp")
