@@ -1,4 +1,4 @@
-"""Where a training run starts: its folder, the checkpoint that it resumes from, and whether it is still the same run."""
+"""The start of a training run: its folder, the checkpoint it resumes from, and whether it is still the same run."""
 
 import logging
 from dataclasses import asdict, dataclass, replace
