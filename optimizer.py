@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
+from utils.compat import copy_tensors
+
 
 class ParamGroupModel(Protocol):
     """What a model tells the optimizer about its parameters."""
@@ -116,4 +118,4 @@ class Bf16Params:
     @torch.no_grad()
     def copy_masters_to_model(self) -> None:
         """Copies the masters into the model after a step."""
-        torch._foreach_copy_(self.bf16_params, list(self.masters.values()))
+        copy_tensors(self.bf16_params, list(self.masters.values()))

@@ -1,11 +1,61 @@
-"""Private or renamed parts of torch, timm and torchvision that the project uses, each with the versions checked."""
+"""Private or renamed functions of torch, timm and torchvision, each with the versions for which it was checked.
+
+The rest of the project calls these wrappers and no private function of another library.
+"""
 
 import inspect
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from torchvision.transforms._presets import ImageClassification
+
+# Re-exported, checked with torch 2.10 to 2.14: tensors without memory, a hook below autograd, the leaves of containers.
+__all__ = [
+    "FakeTensorMode", "TorchDispatchMode", "copy_tensors", "cpu_has_bf16", "ddp_without_buffer_sync",
+    "set_inductor_freezing", "shut_down_workers", "torchvision_eval_preset_type", "tree_leaves",
+]  # fmt: skip
 
 
-def ddp_without_buffer_sync() -> dict[str, bool]:
-    """The argument of DistributedDataParallel that leaves buffers alone. torch 2.14 renamed it; torch 2.11 to 2.14."""
+def cpu_has_bf16() -> bool:
+    """Whether the CPU computes in bfloat16 natively (AVX-512 BF16). Checked: torch 2.10 to 2.14."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def copy_tensors(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copies each tensor of `sources` into that of `targets`, in few kernels. Checked: torch 2.10 to 2.14."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def set_inductor_freezing(enabled: bool) -> None:
+    """Lets torch.compile treat weights as constants where gradients are off. Checked: torch 2.10 to 2.14.
+
+    A global setting, because `torch.compile(options=…)` does not reach the moment when inductor reads it.
+    """
+    torch._inductor.config.freezing = enabled
+
+
+def ddp_without_buffer_sync(module: torch.nn.Module, **options: object) -> DistributedDataParallel:
+    """DDP that does not broadcast buffers. Checked: torch 2.10 to 2.14, which renamed the option."""
     known = inspect.signature(DistributedDataParallel.__init__).parameters
-    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(module, **{option: False}, **options)
+
+
+def shut_down_workers(batches: Iterator) -> None:
+    """Ends the worker processes of `iter(DataLoader(…))` at once. Checked: torch 2.10 to 2.14."""
+    if hasattr(batches, "_shutdown_workers"):  # iterators without workers have none to end
+        batches._shutdown_workers()
+
+
+def torchvision_eval_preset_type() -> "type[ImageClassification]":
+    """The class of the transforms in torchvision's `Weights.transforms()`. Checked: torchvision 0.25 to 0.29."""
+    from torchvision.transforms._presets import ImageClassification
+
+    return ImageClassification

@@ -1,9 +1,8 @@
-"""Compiles a few C or C++ files into a shared library, once for each user and kind of machine, and loads it.
+"""Compiles a few C or C++ files into a shared library, once per user and kind of machine, and loads it.
 
-The library lies in the user's cache folder (XDG_CACHE_HOME, or ~/.cache) under a name that says what it was made of:
-the sources, the compiler, its flags, and the processor it was compiled for. Whatever of these changes, it is compiled
-anew.
-Native parts are optional everywhere: who asks for one says what happens without it.
+The library is cached in the user's cache folder. Its file name is a digest of the sources, the compiler, the flags and
+the processor, so that it is compiled anew when any of these changes. Native code is optional everywhere: callers catch
+`CannotBuild` and use their Python path.
 """
 
 import ctypes
@@ -15,31 +14,31 @@ import platform
 import shutil
 import subprocess
 import time
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.files import replace_atomically
 from utils.paths import user_cache_dir
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 300
-LANGUAGES = {"c": ("CC", "cc", "gcc", "clang"), "c++": ("CXX", "c++", "g++", "clang++")}
+COMPILERS = {"c": ("CC", "cc", "gcc", "clang"), "c++": ("CXX", "c++", "g++", "clang++")}  # variable, then commands
 
 
 class CannotBuild(Exception):
-    """There is no such library here; the message says why."""
+    """The library cannot be compiled or loaded on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
 class NativeLibrary:
-    """What a library is made of.
+    """The inputs of a shared library.
 
     Attributes:
-        purpose: what the log says that it is for.
-        folder: all its sources and headers, and nothing else of that language.
+        purpose: what the library is for, as the log says it.
+        folder: contains all sources and headers, and nothing else of that language.
         language: "c" or "c++".
-        flags, libraries: for the compiler, beside those that make a shared library.
+        flags, libraries: further arguments of the compiler.
     """
 
     purpose: str
@@ -49,7 +48,7 @@ class NativeLibrary:
     libraries: tuple[str, ...] = ()
 
     def load(self) -> ctypes.CDLL:
-        """The library, compiled if it is not there yet (some seconds, once), and loaded once in a process.
+        """Compiles the library unless it is cached (some seconds, once), and loads it once per process.
 
         Raises:
             CannotBuild: no compiler, it fails, or the library cannot be written or loaded; the same at every call.
@@ -59,64 +58,65 @@ class NativeLibrary:
             raise loaded
         return loaded
 
-    def _built(self) -> Path:
-        variable, *names = LANGUAGES[self.language]
-        asked = os.environ.get(variable)
-        compiler = next(filter(None, map(shutil.which, [asked, *names] if asked else names)), None)
-        if compiler is None:
-            raise CannotBuild(f"there is no compiler for {self.language.upper()} ({', '.join(names)}, or {variable})")
-        command = [compiler, "-march=native", *self.flags, "-fPIC", "-shared"]
+    def _cached_path(self) -> Path:
+        """The path of the compiled library."""
+        command = [_compiler(self.language), "-march=native", *self.flags, "-fPIC", "-shared"]
         sources = sorted(self.folder.glob("*.[ch]*"))
-        key = hashlib.blake2b(digest_size=16)
-        for part in (*command, *self.libraries, _run([compiler, "--version"]), _processor()):
-            key.update(part.encode() + b"\0")
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (*command, *self.libraries, _run([command[0], "--version"]), _processor()):
+            digest.update(part.encode() + b"\0")
         for source in sources:
-            key.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-        cache = user_cache_dir()
-        library = cache / f"{self.folder.parent.name}-{key.hexdigest()}.so"
-        if not library.is_file():
+            digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+        path = user_cache_dir() / f"{self.folder.parent.name}-{digest.hexdigest()}.so"
+        if not path.is_file():
             units = [str(source) for source in sources if source.suffix in (".c", ".cpp")]
-            self._compile([*command, *units, *self.libraries], library)
-        return library
+            self._compile([*command, *units, *self.libraries], path)
+        return path
 
-    def _compile(self, command: list[str], library: Path) -> None:
-        """Writes aside and renames, so that processes that start at the same time each find a whole library."""
-        started = time.perf_counter()
-        aside = library.with_name(f"{library.name}.{uuid.uuid4().hex}.tmp")
+    def _compile(self, command: list[str], path: Path) -> None:
+        start = time.perf_counter()
         try:
-            library.parent.mkdir(parents=True, exist_ok=True)
-            _run([*command, "-o", str(aside)])
-            os.replace(aside, library)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replace_atomically(path) as temporary:  # several processes may compile at the same time
+                _run([*command, "-o", str(temporary)])
         except OSError as error:
-            raise CannotBuild(f"{library} cannot be written: {error}") from error
-        finally:
-            if aside.exists():
-                aside.unlink()
-        log.info("compiled %s in %.1f s: %s", self.purpose, time.perf_counter() - started, library)
+            raise CannotBuild(f"{path} cannot be written: {error}") from error
+        log.info("compiled %s in %.1f s: %s", self.purpose, time.perf_counter() - start, path)
 
 
 @functools.cache
 def _load(library: NativeLibrary) -> ctypes.CDLL | CannotBuild:
     try:
-        return ctypes.CDLL(str(library._built()))
+        return ctypes.CDLL(str(library._cached_path()))
     except CannotBuild as error:
         return error
     except OSError as error:
         return CannotBuild(f"the compiled library does not load: {error}")
 
 
+def _compiler(language: str) -> str:
+    """The path of the first compiler found; the environment variable wins."""
+    variable, *commands = COMPILERS[language]
+    given = os.environ.get(variable)
+    compiler = next(filter(None, map(shutil.which, [given, *commands] if given else commands)), None)
+    if compiler is None:
+        raise CannotBuild(f"there is no compiler for {language.upper()} ({', '.join(commands)}, or {variable})")
+    return compiler
+
+
 def _processor() -> str:
-    """Model and abilities of the processor, which -march=native compiles for; a home folder may serve many machines."""
+    """Model and features of the processor, which -march=native compiles for; several machines may share a home."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    kinds = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    first = {line.partition(":")[0].strip(): line for line in reversed(lines) if line.startswith(kinds)}
+    fields = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    first = {line.partition(":")[0].strip(): line for line in reversed(lines) if line.startswith(fields)}
     return "\n".join([platform.system(), platform.machine(), platform.processor(), *sorted(first.values())])
 
 
 def _run(command: list[str]) -> str:
+    """Runs `command` and returns its output."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:

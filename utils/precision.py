@@ -1,12 +1,14 @@
-"""Which number format the matrix products of a run use."""
+"""The number format that matrix products of a run use."""
 
 import torch
+
+from utils.compat import cpu_has_bf16
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
 
 
 def choose_amp_dtype(enabled: bool, name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type, or None for plain float32.
+    """Returns the autocast dtype, or None for plain float32.
 
     `auto` is bfloat16 where the device computes in it, else float16 (with loss scaling) on a GPU and float32 on a CPU.
     """
@@ -16,8 +18,9 @@ def choose_amp_dtype(enabled: bool, name: str, device: torch.device) -> torch.dt
         return _DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+    return torch.bfloat16 if cpu_has_bf16() else None
 
 
 def describe(dtype: torch.dtype | None) -> str:
+    """The name of an autocast dtype, such as "bfloat16"."""
     return str(dtype or torch.float32).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Random draws as pure functions of counters: nothing about randomness ever has to be saved or restored."""
+"""Random seeds as pure functions of counters, so that no generator state has to be saved or restored."""
 
 import hashlib
 import random
@@ -8,23 +8,23 @@ import torch
 
 
 def derive(*parts: int | str) -> int:
-    """A 63-bit seed that depends on all `parts` and on nothing else (not on process, platform or Python's hash seed).
+    """Hashes `parts` to a 63-bit seed, independent of process, platform and Python's hash seed.
 
-    Unlike adding or multiplying counters, hashing them gives unrelated seeds for neighbouring (seed, epoch, index).
+    Unlike sums or products of counters, hashes of neighbouring (seed, epoch, index) are unrelated.
     """
     key = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
 def seed_cpu(seed: int) -> None:
-    """Seeds the generators that timm's and torchvision's transforms draw from: random's, numpy's, torch's CPU one."""
+    """Seeds the generators that timm's and torchvision's transforms use: Python's, NumPy's, and torch's CPU one."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed)
 
 
 def seed_device(seed: int, device: torch.device) -> None:
-    """Seeds what dropout and DropPath draw from on `device`. Queues no work on a GPU: it may be called every step."""
+    """Seeds the generators of dropout and DropPath on `device`. Queues no work on a GPU, so every step may call it."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

@@ -1,12 +1,8 @@
 """Checkpoint files: whole or not at all, never executed, and what is said about the bad ones."""
 
-import functools
-import hashlib
-import http.server
 import os
 import pickle
 import random
-import threading
 from pathlib import Path
 
 import pytest
@@ -104,35 +100,6 @@ def test_weights_with_and_without_a_key():
     weights = {"head.bias": torch.ones(2), "not a tensor": 3}
     for contents in ({"model": weights, "epoch": 1}, {"state_dict": weights}, weights):
         assert list(extract_state_dict(contents, "file")) == ["head.bias"]
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A web server on this machine with one checkpoint, and an empty download folder."""
-    folder = tmp_path / "www"
-    folder.mkdir()
-    torch.save({"model": {"w": torch.ones(5)}}, folder / "weights.pth")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    handler.log_message = lambda *args: None
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}", folder
-        running.shutdown()
-        thread.join()
-
-
-def test_download_is_verified_and_kept(server):
-    address, folder = server
-    digest = hashlib.sha256((folder / "weights.pth").read_bytes()).hexdigest()
-    with pytest.raises(UserError, match="SHA-256 is"):
-        read_checkpoint(f"{address}/weights.pth#sha256={'0' * 64}")
-    assert "w" in read_checkpoint(f"{address}/weights.pth#sha256={digest}")["model"]
-    (folder / "weights.pth").unlink()
-    assert "w" in read_checkpoint(f"{address}/weights.pth")["model"]
-    with pytest.raises(UserError, match="other.pth: download failed.*by other means"):
-        read_checkpoint(f"{address}/other.pth")
 
 
 def test_folder_names_prunes_and_finds_the_newest(tmp_path: Path):
