@@ -307,7 +307,7 @@ def test_augmentation_policies_agree_with_timm():
         ("OPTIMIZER.NAME", "Did you mean TRAIN.OPTIMIZER.NAME?"),
         ("train.epochs", "Did you mean TRAIN.EPOCHS?"),
         ("AMP", "config.py"),
-        ("QQQ.ZZZ", "All keys stand in config.py"),
+        ("QQQ.ZZZ", "config.py lists all keys"),
         ("TRAIN", "is a section, not a key. Set the keys inside it, such as TRAIN.START_EPOCH"),
         ("BASE", "only inside a YAML file"),
         ("", "there is no key"),

@@ -32,15 +32,15 @@ def write(tmp_path):
         ("TAG: x\n---\nTAG: y", "line 2: not YAML"),
         ("TAG: \x00", "not YAML"),
         ("TAG: " + "[" * 5000, "nested too deeply"),
-        ("SEED: 1\nTAG: x\nSEED: 2", "line 3: SEED stands already at "),
-        ("DATA: {NUM_WORKERS: 1}\nDATA: {NUM_WORKERS: 2}", "line 2: DATA.NUM_WORKERS stands already"),
+        ("SEED: 1\nTAG: x\nSEED: 2", "line 3: SEED is already set at "),
+        ("DATA: {NUM_WORKERS: 1}\nDATA: {NUM_WORKERS: 2}", "line 2: DATA.NUM_WORKERS is already set"),
         ("TRAIN: 5", "line 1: TRAIN is a section"),
         ("TRAIN:\nTAG: x", "line 1: TRAIN is a section"),
         ("SEED: {a: 1}", "line 1: SEED takes a whole number, not a section"),
         ("[a, b]: 1", "line 1: a key must be a name"),
-        ("MODEL: {SWIN: {DEPTHS: [[2], 2, 6, 2]}}", "has a list or a section in its list"),
+        ("MODEL: {SWIN: {DEPTHS: [[2], 2, 6, 2]}}", "contains a list or a section"),
         ("MODEL: &m {MODEL: *m}", "there is no key MODEL.MODEL"),
-        ("SEED: &s [*s]", "SEED has a list or a section in its list"),
+        ("SEED: &s [*s]", "SEED contains a list or a section"),
         ("TAG:", "For an empty text write ''"),
         ("1: 2", "there is no key 1"),
         ("BASE: [nothere.yaml]", "line 1: BASE names nothere.yaml, but there is no file"),
@@ -91,7 +91,7 @@ def test_circles_are_shown_as_a_chain(write):
     write("", "sub/nothing")
     path = write("BASE: [a.yaml]", "c.yaml")
     message = refusal(path)
-    assert re.search(r"circle: .*c\.yaml → .*a\.yaml → .*b\.yaml → .*c\.yaml\. Remove", message)
+    assert re.search(r"circular: .*c\.yaml → .*a\.yaml → .*b\.yaml → .*c\.yaml\. Remove", message)
     own = write("BASE: [own.yaml]", "own.yaml")
     assert re.search(r"own\.yaml → .*own\.yaml", refusal(own))
 

@@ -142,7 +142,7 @@ def test_one_run_from_start_to_end(job, recipe: Path):
 
     saved = checkpoint(recipe)
     assert saved["class_names"] == ["blue", "green"]
-    assert saved["state"]["samples"] == updates * BATCH
+    assert saved["state"]["images_seen"] == updates * BATCH
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
         "best.pth", "epoch_0001.pth", "epoch_0002.pth", "epoch_0003.pth", "last.pth",
     ]  # fmt: skip
@@ -180,7 +180,7 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Pat
             if "epoch 1.8" in line:  # 5 of 9 updates at 16 images each, in the second epoch
                 break
         kill_all(recipe)
-    stopped_at = checkpoint(recipe, "killed")["state"]["samples"]
+    stopped_at = checkpoint(recipe, "killed")["state"]["images_seen"]
     assert 0 < stopped_at < 3 * TRAIN and stopped_at % TRAIN != 0
 
     again = subprocess.run(killed, check=True, capture_output=True, text=True, cwd=REPO_ROOT, env=CPU_ONLY, timeout=280)
@@ -207,7 +207,7 @@ def test_asked_to_stop_it_saves_at_once_and_continues_to_the_same_bits(job, reci
         patch.setattr(train_step, "train", asked)
         code, said = job("--tag", "stopped")
     assert code == 0 and "asked to stop: saved after 64 images; the same command continues" in said
-    assert checkpoint(recipe, "stopped")["state"]["samples"] == 64
+    assert checkpoint(recipe, "stopped")["state"]["images_seen"] == 64
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert job("--tag", "stopped")[0] == 0
     one, other = checkpoint(recipe, "through"), checkpoint(recipe, "stopped")
@@ -227,7 +227,7 @@ def test_one_process_asked_stops_all_at_the_same_update(recipe: Path, images: Pa
         said = running.stdout.read()
     assert running.returncode == 0, said
     assert "asked to stop" in said
-    assert 2 * TRAIN < checkpoint(recipe, "asked")["state"]["samples"] < 100 * TRAIN
+    assert 2 * TRAIN < checkpoint(recipe, "asked")["state"]["images_seen"] < 100 * TRAIN
 
 
 def rank_1(recipe: Path) -> int:
@@ -253,7 +253,7 @@ def test_processes_share_one_order_and_one_evaluation(recipe: Path, images: Path
     two = command(recipe, images, *words, processes=2)
     subprocess.run(two, check=True, capture_output=True, cwd=REPO_ROOT, env=CPU_ONLY, timeout=280)
     a, b = checkpoint(recipe, "one"), checkpoint(recipe, "two")
-    assert a["state"]["samples"] == b["state"]["samples"]
+    assert a["state"]["images_seen"] == b["state"]["images_seen"]
     for name, value in a["model"].items():
         torch.testing.assert_close(value, b["model"][name], rtol=1e-3, atol=1e-4, msg=name)
     evaluate = ["--eval", "--resume", str(run_folder(recipe, "one") / "checkpoints" / "last.pth")]
@@ -279,7 +279,7 @@ def test_another_configuration_in_the_same_folder(job, recipe: Path):
     longer = ["--opts", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0"]
     code, said = job("--allow-config-change", *longer)
     assert code == 0 and "TRAIN.EPOCHS: 1 there, 2 now" in said
-    assert checkpoint(recipe)["state"]["samples"] == 2 * TRAIN
+    assert checkpoint(recipe)["state"]["images_seen"] == 2 * TRAIN
     code, said = job(*longer, "TRAIN.AUTO_RESUME", "False")
     assert code == 2 and "TRAIN.AUTO_RESUME is off" in said
     (run_folder(recipe) / "config.yaml").unlink()
@@ -303,7 +303,7 @@ def test_explicit_resume_wins_over_the_folder(job, recipe: Path):
     first = run_folder(recipe) / "checkpoints" / "epoch_0001.pth"
     code, said = job("--resume", str(first))
     assert code == 0 and f"continuing from {first}, after 48 images" in said
-    assert checkpoint(recipe)["state"]["samples"] == 17 * BATCH
+    assert checkpoint(recipe)["state"]["images_seen"] == 17 * BATCH
     # The same command again goes on from what it made of it, instead of beginning there once more.
     code, said = job("--resume", str(first))
     assert code == 0 and "this run is complete" in said

@@ -41,11 +41,13 @@ def set_inductor_freezing(enabled: bool) -> None:
     torch._inductor.config.freezing = enabled
 
 
-def ddp_without_buffer_sync(module: torch.nn.Module, **options: object) -> DistributedDataParallel:
-    """DDP that does not broadcast buffers. Checked: torch 2.10 to 2.14, which renamed the option."""
+def ddp_without_buffer_sync() -> dict[str, bool]:
+    """The argument of DistributedDataParallel that turns off the broadcast of buffers; torch 2.14 renamed it.
+
+    Checked: torch 2.10 to 2.14.
+    """
     known = inspect.signature(DistributedDataParallel.__init__).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(module, **{option: False}, **options)
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
 
 
 def shut_down_workers(batches: Iterator) -> None:

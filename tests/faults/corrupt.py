@@ -159,8 +159,8 @@ def _wrong_about(checkpoints: CheckpointFolder, good: list[Path], unharmed: dict
     path, contents = found
     if not same(contents, _read(unharmed[path])):
         return f"{path.name} was loaded, and is not what was saved"
-    newest = max((_read(unharmed[each])["state"]["samples"] for each in good), default=0)
-    if contents["state"]["samples"] < newest:
+    newest = max((_read(unharmed[each])["state"]["images_seen"] for each in good), default=0)
+    if contents["state"]["images_seen"] < newest:
         return f"{path.name} was chosen, though others are newer"
     silent = path != checkpoints.last and not any(str(checkpoints.last) in line for line in said)
     return "nothing was said about last.pth" if silent else ""

@@ -139,7 +139,7 @@ def _save(folder: Path) -> int:
 def _fourth(contents: dict) -> dict:
     """Another checkpoint, later on the clock."""
     later = dict(contents)
-    later["state"] = {**contents["state"], "samples": contents["state"]["samples"] + 8}
+    later["state"] = {**contents["state"], "images_seen": contents["state"]["images_seen"] + 8}
     later["model"] = {name: value + 1 for name, value in contents["model"].items()}
     return later
 

@@ -201,7 +201,7 @@ def _goes_on_alone(cluster: Cluster, tag: str, update: int) -> tuple[bool, str]:
     starts = (cluster.folder / "logs" / "tiny" / tag / "starts.jsonl").read_text()
     alone = starts.count('"processes": 1,') > 0
     whole, continued = cluster.finished("whole"), cluster.finished(tag)
-    same_clock = continued["state"]["samples"] == whole["state"]["samples"]
+    same_clock = continued["state"]["images_seen"] == whole["state"]["images_seen"]
     furthest = max(float((continued["model"][n] - t).abs().max()) for n, t in whole["model"].items())
     found = f"exit codes {codes}, was alone: {alone}, same end: {same_clock}, weights differ by {furthest:.2g} at most"
     ok = codes == [0, 0] and alone and same_clock

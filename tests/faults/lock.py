@@ -116,7 +116,7 @@ def _continue_at_odd_times(place: Place, tag: str, gone: bool, draws: random.Ran
     if gone:
         (folder / "last.pth").unlink()
     paths = sorted(folder.glob("*.pth"))
-    clocks = {path: read_checkpoint(str(path))["state"]["samples"] for path in paths}
+    clocks = {path: read_checkpoint(str(path))["state"]["images_seen"] for path in paths}
     for path in paths:
         stamp = time.time() + draws.uniform(-YEARS, YEARS)
         os.utime(path, (stamp, stamp))

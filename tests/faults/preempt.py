@@ -65,7 +65,7 @@ def _trial(
     left = [json.loads(path.read_text()) for path in notes.glob("left*")]
     if left:  # it may have come to its end before it was asked, or while it was
         clocks = {each["samples"] for each in left}
-        saved = last(place, tag)["state"]["samples"] if place.checkpoints(tag).joinpath("last.pth").exists() else 0
+        saved = last(place, tag)["state"]["images_seen"] if place.checkpoints(tag).joinpath("last.pth").exists() else 0
         if len(left) != processes or clocks != {saved}:
             return f"left at {left}, saved at {saved}", took
         after = [each["updates after"] for each in left if each["updates after"] is not None]
@@ -91,7 +91,7 @@ def _asking(moment: str, at: int, number: int, victim: int, notes: Path) -> Inje
         loop, finish = train_step.trainer.train_step.train, train_step.trainer.Run.fit
         initialise, copied = (
             train_step.trainer.PreemptionHandler.__init__,
-            utils.checkpoint.async_saver.AsyncCheckpointer._copied,
+            utils.checkpoint.async_saver.AsyncCheckpointer._copy,
         )
         evaluate = train_step.evaluate
         seen = {"update": 0, "evaluation": 0, "save": 0, "asked": None}
@@ -136,6 +136,6 @@ def _asking(moment: str, at: int, number: int, victim: int, notes: Path) -> Inje
             lambda a, b, batches: evaluate(a, b, asking_batches(batches)),
         )
         train_step.trainer.Run.fit, train_step.trainer.PreemptionHandler.__init__ = noting_end, noting_initialise
-        utils.checkpoint.async_saver.AsyncCheckpointer._copied = asking_copied
+        utils.checkpoint.async_saver.AsyncCheckpointer._copy = asking_copied
 
     return inject

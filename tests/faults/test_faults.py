@@ -47,7 +47,7 @@ def test_more_of_the_slow_ones(words: tuple[str, ...]):
 
 
 def contents(value: float, size: int = 3) -> dict:
-    return {"model": {"w": torch.full((size,), value)}, "state": {"samples": int(value)}}
+    return {"model": {"w": torch.full((size,), value)}, "state": {"images_seen": int(value)}}
 
 
 def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path: Path):
@@ -80,13 +80,13 @@ def test_a_failed_write_is_said_training_goes_on_and_the_best_is_made_up_for(tmp
     with pytest.raises(UserError, match="No space left"):
         saver.finish()
     assert caplog.text.count("Training goes on, and the next save tries again") == 2
-    assert read_checkpoint(str(folder.last))["state"]["samples"] == 1
+    assert read_checkpoint(str(folder.last))["state"]["images_seen"] == 1
     monkeypatch.setattr(CheckpointFolder, "save", write)
     saver.save(contents(4))
     saver.finish()
     saver.close()
-    assert read_checkpoint(str(folder.last))["state"]["samples"] == 4
-    assert read_checkpoint(str(folder.best))["state"]["samples"] == 2
+    assert read_checkpoint(str(folder.last))["state"]["images_seen"] == 4
+    assert read_checkpoint(str(folder.best))["state"]["images_seen"] == 2
 
 
 def test_a_fault_of_the_program_in_the_writing_thread_is_not_swallowed(tmp_path: Path):

@@ -1,6 +1,6 @@
-"""Saving beside training: a consistent copy at once, the writing in the background.
+"""Saves checkpoints in the background: the tensors are copied at once, and a thread writes the copy.
 
-Copying a tensor costs what moving its bytes costs; to serialise, checksum, write and flush them takes ten times that.
+The copy takes as long as moving the bytes; serializing, hashing, writing and flushing take ten times that.
 """
 
 import logging
@@ -20,14 +20,14 @@ class _Job:
     contents: dict
     epoch: int | None
     best: bool
-    copied: torch.cuda.Event | None  # when the copy is complete, where a GPU makes it
+    copied: torch.cuda.Event | None  # on a GPU: recorded after the copies were queued
 
 
 class AsyncCheckpointer:
     """Writes the checkpoints of a run in a thread, one at a time.
 
-    A write that fails is said at once and training goes on: the earlier checkpoints are unharmed and the next save
-    tries again. The last one of a run must succeed: see `finish`.
+    A failed write is logged and training goes on: earlier checkpoints are unharmed and the next save tries again. Only
+    the last save of a run must succeed: see `finish`.
     """
 
     def __init__(self, checkpoints: CheckpointFolder):
@@ -35,26 +35,26 @@ class AsyncCheckpointer:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
         self._buffers: dict[tuple, torch.Tensor] = {}
-        self._pending_best: _Job | None = None  # the best so far, where it could not be written
+        self._pending_best: _Job | None = None  # the best checkpoint so far, if its write failed
         self._error: UserError | None = None
 
     def save(self, contents: dict, epoch: int | None = None, best: bool = False) -> None:
-        """Copies `contents` as they are now, and begins to write them as `CheckpointFolder.save` does.
+        """Copies `contents` and starts to write them; the arguments are those of `CheckpointFolder.save`.
 
-        Waits for the write before this one, if that is still under way. On a GPU nothing else is waited for: the copy
-        is queued before whatever changes the tensors next.
+        Waits for the previous write if it is still under way. On a GPU it waits for nothing else: the copy is queued
+        before any later change of the tensors.
         """
         self.wait()
-        copy = self._copied(contents, ())
+        copy = self._copy(contents, ())
         copied = torch.cuda.Event() if torch.cuda.is_available() else None
         if copied is not None:
             copied.record()
         if best:
-            self._pending_best = None  # what was to be `best.pth` is no longer the best
+            self._pending_best = None  # superseded
         self._writing = self._writer.submit(self._write, _Job(copy, epoch, best, copied))
 
     def wait(self) -> None:
-        """Returns when nothing is being written. Afterwards is the time to start processes: no lock is held."""
+        """Waits until nothing is being written. Processes may be forked afterwards: the thread holds no lock then."""
         if self._writing is not None:
             self._writing.result()
             self._writing = None
@@ -63,14 +63,14 @@ class AsyncCheckpointer:
         """Waits for the last write.
 
         Raises:
-            UserError: it failed, so that the run's last state is not on the disk.
+            UserError: it failed, so the run's last state is not on the disk.
         """
         self.wait()
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """Lets a write that is under way come to its end."""
+        """Waits for a write that is under way, and ends the thread."""
         self._writer.shutdown()
 
     def _write(self, job: _Job) -> None:
@@ -85,19 +85,19 @@ class AsyncCheckpointer:
         except UserError as error:
             self._error = error
             if job.best:
-                self._pending_best, self._buffers = job, {}  # its tensors are its own from now on
+                self._pending_best, self._buffers = job, {}  # the next save must not overwrite its tensors
             log.warning("%s. Training goes on, and the next save tries again", error)
 
-    def _copied(self, value: object, place: tuple) -> object:
-        """`value` with every tensor in it copied to the CPU, into memory that is used again and again."""
+    def _copy(self, value: object, key_path: tuple) -> object:
+        """Copies `value` with every tensor moved to the CPU, into buffers that all saves share."""
         if isinstance(value, torch.Tensor):
-            buffer = self._buffers.get(place)
+            buffer = self._buffers.get(key_path)
             if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
                 buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
-                self._buffers[place] = buffer
+                self._buffers[key_path] = buffer
             return buffer.copy_(value.detach(), non_blocking=True)
         if isinstance(value, dict):
-            return {key: self._copied(each, (*place, key)) for key, each in value.items()}
+            return {key: self._copy(each, (*key_path, key)) for key, each in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self._copied(each, (*place, i)) for i, each in enumerate(value))
+            return type(value)(self._copy(each, (*key_path, i)) for i, each in enumerate(value))
         return value

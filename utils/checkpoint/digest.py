@@ -1,7 +1,7 @@
 """Checkpoint files that carry the SHA-256 of their own contents.
 
-A file of `torch.save` is a zip archive. Its records have CRC-32 checksums, its directory has none; so the digest of all
-that was written stands in the archive's comment, which PyTorch and every zip program pass over.
+`torch.save` writes a zip archive. Its records have CRC-32 checksums, but its directory has none. So the digest of the
+whole file is stored in the archive's comment, which PyTorch and other zip readers ignore.
 """
 
 import hashlib
@@ -13,18 +13,18 @@ import torch
 
 CHUNK = 1 << 22  # bytes
 _MARK = b"sha256:"
-_SEAL_LENGTH = len(_MARK) + 64
-_LENGTH_FIELD = 2  # bytes at the end of an archive without comment that say how long the comment is: none
-_TAIL = _LENGTH_FIELD + _SEAL_LENGTH
+_COMMENT_LENGTH = len(_MARK) + 64
+_LENGTH_FIELD = 2  # bytes: the last field of an archive without a comment is the length of the comment, zero
+_TAIL = _LENGTH_FIELD + _COMMENT_LENGTH
 
 
-class _Hashing:
-    """A file that is written through, hashing all but the length of the comment that the archive does not have yet."""
+class _HashingFile:
+    """Writes through to `file` and hashes all bytes except the archive's last field, which `write_digest` replaces."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self._sha256 = hashlib.sha256()
-        self._held = b""
+        self._held = b""  # the last bytes so far: they may be the length field
 
     def write(self, data: bytes) -> int:
         view = memoryview(data).cast("B")
@@ -39,10 +39,9 @@ class _Hashing:
     def flush(self) -> None:
         self._file.flush()
 
-    def seal(self) -> None:
-        """Ends the archive with its digest as comment."""
-        self._put(b"")
-        self._file.write(_SEAL_LENGTH.to_bytes(_LENGTH_FIELD, "little"))
+    def write_digest(self) -> None:
+        """Ends the archive with its digest as the comment."""
+        self._file.write(_COMMENT_LENGTH.to_bytes(_LENGTH_FIELD, "little"))
         self._file.write(_MARK + self._sha256.hexdigest().encode())
 
     def _put(self, data: bytes | memoryview) -> None:
@@ -51,21 +50,21 @@ class _Hashing:
 
 
 def save(contents: dict, file: BinaryIO) -> None:
-    """`torch.save` of `contents` to `file`, with the digest.
+    """Writes `contents` to `file` with `torch.save`, followed by the digest.
 
     Raises:
-        OSError, RuntimeError: as `file` and PyTorch do; PyTorch wraps an error of the file in one of its own.
+        OSError, RuntimeError: from `file` and PyTorch; PyTorch wraps an error of the file in a RuntimeError.
     """
-    hashing = _Hashing(file)
+    hashing = _HashingFile(file)
     torch.save(contents, hashing)
-    hashing.seal()
+    hashing.write_digest()
 
 
 def verify_digest(path: Path) -> bool | None:
-    """Whether the file's contents have the digest that it carries; None where it carries none.
+    """Checks the file against the digest that it carries; None where it carries none.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     size = path.stat().st_size
     if size < _TAIL:
@@ -77,9 +76,9 @@ def verify_digest(path: Path) -> bool | None:
         if tail[_LENGTH_FIELD : _LENGTH_FIELD + len(_MARK)] != _MARK:
             return None
         file.seek(0)
-        left = size - _TAIL
-        while left and (chunk := file.read(min(CHUNK, left))):
+        remaining = size - _TAIL
+        while remaining and (chunk := file.read(min(CHUNK, remaining))):
             sha256.update(chunk)
-            left -= len(chunk)
-    found = sha256.hexdigest().encode()
-    return not left and tail == _SEAL_LENGTH.to_bytes(_LENGTH_FIELD, "little") + _MARK + found
+            remaining -= len(chunk)
+    expected = _COMMENT_LENGTH.to_bytes(_LENGTH_FIELD, "little") + _MARK + sha256.hexdigest().encode()
+    return not remaining and tail == expected

@@ -1,14 +1,15 @@
-"""How configuration values travel: from YAML files (with BASE), flags and --opts into one typed tree, and back out.
+"""Merges configuration values from YAML files (with BASE), flags and --opts into one typed tree, and writes it as YAML.
 
-Every value is an `Override` until it is merged: a key, a value, and who gave it. A value that arrives as text, which is
-what YAML files are read as, is understood by what its key takes: `1e-8` is a number where a number is meant, and
-`2024-01-01` a name where a name is meant. Files are only parsed: no YAML tag builds an object, no Python is executed.
-Which keys exist and what they may be is not known here, but in config.py.
+A value is an `Override` until it is merged: a key, a value, and the place where it was given. Text is converted to the
+type of its key, so that `1e-8` is a number for a key that takes numbers, and `2024-01-01` a name for a key that takes
+names. YAML files are read as text throughout: no tag builds an object, and no Python is executed. This file knows no
+keys; config.py defines them.
 """
 
 import difflib
 import math
 import os
+import re
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode
 
-from models.pretrained import registry
 from utils.errors import UserError
+from utils.paths import REPO_ROOT
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NONES = ("", "none", "null", "~")
@@ -26,13 +27,15 @@ NOUNS = {bool: "true or false", int: "a whole number", float: "a finite number",
 PLURALS = {int: "whole numbers", float: "finite numbers", str: "texts"}
 PLAIN_TAGS = {f"tag:yaml.org,2002:{tag}" for tag in "str int float bool null timestamp seq map".split()}
 
+_FIRST_NAME = re.compile(r"^  NAME: (\S+)", re.MULTILINE)  # in a recipe: MODEL.NAME
+
 _shortened = reprlib.Repr()
 _shortened.maxstring = 100
 
 
 @dataclass(frozen=True)
 class Override:
-    """A value for a key and who gave it: a flag as it was typed, "--opts", or "FILE, line 7"."""
+    """A value for a key, and where it was given: the flag as typed, "--opts", or "FILE, line 7"."""
 
     key: str
     value: object
@@ -41,7 +44,11 @@ class Override:
 
 @dataclass(frozen=True)
 class KeyType:
-    """What a key takes: an `element` (bool, int, float, str) or a `container` (list, tuple) of them; or None."""
+    """The type of a key's values: an `element` (bool, int, float, str), or a `container` (list, tuple) of elements.
+
+    Attributes:
+        optional: None is a value too.
+    """
 
     element: type
     container: type | None = None
@@ -49,7 +56,7 @@ class KeyType:
 
     @classmethod
     def of(cls, default: object) -> "KeyType":
-        """The kind of a key whose default says it all: not None and not an empty list."""
+        """The type of `default`, which is neither None nor an empty list."""
         if isinstance(default, list | tuple):
             return cls(type(default[0]), type(default))
         return cls(type(default))
@@ -59,10 +66,10 @@ class KeyType:
         return f"{noun}, or None" if self.optional else noun
 
     def convert(self, value: object) -> object:
-        """`value` as this kind.
+        """Converts `value` to this type.
 
         Raises:
-            ValueError: it is something else. A bool is not a number here, and neither NaN nor infinity is one.
+            ValueError: it has another type. Booleans, NaN and infinity are not numbers here.
         """
         if self.optional and (value is None or isinstance(value, str) and value.strip().lower() in NONES):
             return None
@@ -87,7 +94,7 @@ class KeyType:
 
 
 class UnknownKey(UserError):
-    """There is no key of this name; who gave it is told too."""
+    """There is no key of this name."""
 
     def __init__(self, message: str, key: str, origin: str):
         super().__init__(message)
@@ -96,7 +103,7 @@ class UnknownKey(UserError):
 
 
 def flatten(config: CfgNode) -> dict[str, object]:
-    """The leaves of the tree by their full key, in the order of declaration."""
+    """Returns the leaves of the tree by full key, such as "TRAIN.EPOCHS", in the order of declaration."""
     leaves = {}
     for name, value in config.items():
         if isinstance(value, CfgNode):
@@ -107,7 +114,7 @@ def flatten(config: CfgNode) -> dict[str, object]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The most likely meant one of `known`: the same last part in another section, else a near spelling."""
+    """Guesses which of `known` was meant: the same last part in another section, else the nearest spelling."""
     known, word = list(known), word.upper()
     leaf = word.rpartition(".")[2]
     same_leaf = [name for name in known if name.upper().rpartition(".")[2] == leaf]
@@ -120,10 +127,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def refuse_unknown(key: str, origin: str, schema: dict[str, KeyType]) -> None:
-    """Raises UserError unless `key` is a leaf of the configuration; a section or a misspelt key gets its own advice.
-
-    For what is neither key nor section it is `UnknownKey`.
-    """
+    """Raises UserError unless `key` is a leaf of the configuration: UnknownKey unless it is a section."""
     if key in schema:
         return
     inside = [name for name in schema if name.startswith(f"{key}.")]
@@ -131,13 +135,13 @@ def refuse_unknown(key: str, origin: str, schema: dict[str, KeyType]) -> None:
         raise UserError(f"{origin}: {key} is a section, not a key. Set the keys inside it, such as {inside[0]}.")
     sections = {name.rpartition(".")[0] for name in schema} - {""}
     guess = nearest(key, [*schema, *sections])
-    advice = f"Did you mean {guess}?" if guess else "All keys stand in config.py, each with a comment."
+    advice = f"Did you mean {guess}?" if guess else "config.py lists all keys, each with a comment."
     shown = key if key.isprintable() and key else repr(key)
     raise UnknownKey(f"{origin}: there is no key {shown}. {advice}", key, origin)
 
 
 def parse_opts(opts: Sequence[object]) -> list[Override]:
-    """KEY VALUE KEY VALUE … as overrides.
+    """Turns KEY VALUE KEY VALUE … into overrides.
 
     Raises:
         UserError: a key without a value.
@@ -148,53 +152,53 @@ def parse_opts(opts: Sequence[object]) -> list[Override]:
     return [Override(str(key), value, "--opts") for key, value in zip(opts[::2], opts[1::2], strict=True)]
 
 
-def read_files(path: str | Path, schema: dict[str, KeyType], below: tuple[str, ...] = ()) -> list[Override]:
-    """The values of a YAML file, preceded by those of the files its BASE names (relative to it), theirs first.
+def read_files(path: str | Path, schema: dict[str, KeyType], parents: tuple[str, ...] = ()) -> list[Override]:
+    """Reads the values of a YAML file, after those of the files that its BASE names (relative to it).
 
     Args:
-        below: the files whose BASE led here, outermost first.
+        parents: the files whose BASE led here, outermost first.
 
     Raises:
-        UserError: missing, not YAML, malformed, empty, a key twice, a section in place of a value, BASE in a circle.
+        UserError: missing, not YAML, malformed, empty, a duplicate key, a section instead of a value, circular BASE.
     """
     path = Path(path)
-    chain = (*below, os.path.realpath(path))
-    if chain[-1] in below:
-        raise UserError("BASE goes round in a circle: " + " → ".join(chain) + ". Remove one of these BASE lines.")
+    chain = (*parents, os.path.realpath(path))
+    if chain[-1] in parents:
+        raise UserError("BASE is circular: " + " → ".join(chain) + ". Remove one of these BASE lines.")
     overrides = _read_file(path, schema)
     inherited: list[Override] = []
     for override in [override for override in overrides if override.key == "BASE"]:
-        for base in filter(None, _converted(override, schema)):
+        for base in filter(None, _convert(override, schema)):
             if not (path.parent / base).is_file():
                 raise UserError(
-                    f"{override.origin}: BASE names {base}, but there is no file {path.parent / base}. Mend the path."
+                    f"{override.origin}: BASE names {base}, but there is no file {path.parent / base}. Fix the path."
                 )
             inherited += read_files(path.parent / base, schema, chain)
     return inherited + [override for override in overrides if override.key != "BASE"]
 
 
 def merge(config: CfgNode, overrides: Iterable[Override], schema: dict[str, KeyType]) -> dict[str, str]:
-    """Sets each key to the last value given for it, and returns for each key set where that value came from.
+    """Sets each key to its last override, and returns the origin of each key that was set.
 
     Raises:
-        UserError: unknown key, section instead of a key, value of another kind, BASE outside a file.
+        UserError: unknown key, section instead of a key, value of another type, BASE outside a file.
     """
     origins = {}
     for override in overrides:
         if override.key == "BASE":
-            raise UserError(f"{override.origin}: BASE has a meaning only inside a YAML file. Put it there.")
+            raise UserError(f"{override.origin}: BASE works only inside a YAML file. Put it there.")
         refuse_unknown(override.key, override.origin, schema)
         *sections, name = override.key.split(".")
         node = config
         for section in sections:
             node = node[section]
-        node[name] = _converted(override, schema)
+        node[name] = _convert(override, schema)
         origins[override.key] = override.origin
     return origins
 
 
 def to_yaml(config: CfgNode) -> str:
-    """YAML of the whole tree: sections as blocks, lists in one line, floats with all the digits they need."""
+    """Writes the whole tree as YAML: sections as blocks, lists in one line, floats with all their digits."""
     return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, width=10**6)
 
 
@@ -212,49 +216,49 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _converted(override: Override, schema: dict[str, KeyType]) -> object:
-    kind = schema[override.key]
+def _convert(override: Override, schema: dict[str, KeyType]) -> object:
+    key_type = schema[override.key]
     try:
-        return kind.convert(override.value)
+        return key_type.convert(override.value)
     except (ValueError, OverflowError):
         raise UserError(
-            f"{override.origin}: {override.key} takes {kind}, not {_shortened.repr(override.value)}."
-            + (" For an empty text write ''." if kind.element is str and override.value is None else "")
+            f"{override.origin}: {override.key} takes {key_type}, not {_shortened.repr(override.value)}."
+            + (" For an empty text write ''." if key_type.element is str and override.value is None else "")
         ) from None
 
 
 def _read_file(path: Path, schema: dict[str, KeyType]) -> list[Override]:
     if path.suffix not in (".yaml", ".yml"):
-        what = "is Python code, which is never executed here" if path.suffix == ".py" else "is not a YAML file"
-        raise UserError(f"{path} {what}: give a file that ends in .yaml or .yml, such as configs/swin_tiny.yaml.")
+        reason = "is Python code, which is never executed here" if path.suffix == ".py" else "is not a YAML file"
+        raise UserError(f"{path} {reason}: give a file that ends in .yaml or .yml, such as configs/swin_tiny.yaml.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
-        advice = f"Did you mean {path.parent / near[0]}?" if near else _recipe_for(path.stem)
+        advice = f"Did you mean {path.parent / near[0]}?" if near else _advise_recipe(path.stem)
         raise UserError(f"There is no file {path}. {advice}") from None
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Give a configuration, which is a text in UTF-8.") from error
+        raise UserError(f"{path} cannot be read: {error}. Give a YAML file in UTF-8.") from error
     return read_text(text, str(path), schema)
 
 
 def read_text(text: str, source: str, schema: dict[str, KeyType]) -> list[Override]:
-    """The values of a YAML text, which errors call `source`.
+    """Reads the values of a YAML text; error messages call it `source`.
 
     Raises:
-        UserError: not YAML, malformed, empty, a key twice, a section in place of a value.
+        UserError: not YAML, malformed, empty, a duplicate key, a section instead of a value.
     """
     try:
-        # Composing stops at nodes that know their line; nothing is constructed from them.
+        # Nodes know their line, and no objects are constructed from them.
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except RecursionError:
-        raise UserError(f"{source} is nested too deeply to be a configuration; the keys stand in config.py.") from None
+        raise UserError(f"{source} is nested too deeply to be a configuration; config.py lists the keys.") from None
     except yaml.MarkedYAMLError as error:
         line = (error.problem_mark or error.context_mark).line + 1
         advice = "Check indentation, colons and brackets."
         raise UserError(f"{source}, line {line}: not YAML: {error.problem or error.context}. {advice}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{source} is not YAML: {error}. Write it as plain text in UTF-8.") from None
+        raise UserError(f"{source} is not YAML: {error}. Save it as plain text in UTF-8.") from None
     if root is None:
         raise UserError(f"{source} is empty: write at least one key, such as MODEL.NAME.")
     if not isinstance(root, yaml.MappingNode):
@@ -263,16 +267,19 @@ def read_text(text: str, source: str, schema: dict[str, KeyType]) -> list[Overri
     first: dict[str, str] = {}
     for override in overrides:
         if override.key in first:
-            raise UserError(f"{override.origin}: {override.key} stands already at {first[override.key]}. Keep one.")
+            raise UserError(f"{override.origin}: {override.key} is already set at {first[override.key]}. Keep one.")
         first[override.key] = override.origin
     return overrides
 
 
-def _recipe_for(name: str) -> str:
-    """What to say of a file that is not there: which of ours the original project's file of that name is here."""
-    recipes = {release.name: release.recipe for release in registry.RELEASES if release.origin == "original"}
+def _advise_recipe(name: str) -> str:
+    """Advice on a missing file: our recipe that corresponds to the original project's file `name`."""
+    recipes = {}
+    for path in sorted((REPO_ROOT / "configs").glob("*.yaml")):
+        if found := _FIRST_NAME.search(path.read_text(encoding="utf-8")):
+            recipes[found[1]] = path.name
     near = difflib.get_close_matches(name, recipes, n=1, cutoff=0.85)
-    return f"Here that recipe is configs/{recipes[near[0]]}.yaml." if near else "Check the path given to --cfg."
+    return f"Here that recipe is configs/{recipes[near[0]]}." if near else "Check the path given to --cfg."
 
 
 def _walk(node: yaml.MappingNode, prefix: str, source: str, schema: dict[str, KeyType]) -> Iterator[Override]:
@@ -283,7 +290,7 @@ def _walk(node: yaml.MappingNode, prefix: str, source: str, schema: dict[str, Ke
         key = prefix + key_node.value
         _refuse_tag(value_node, key, origin)
         if not isinstance(value_node, yaml.MappingNode):
-            yield Override(key, _value(value_node, key, origin), origin)
+            yield Override(key, _read_value(value_node, key, origin), origin)
         elif key in schema:
             raise UserError(f"{origin}: {key} takes {schema[key]}, not a section with keys of its own.")
         elif any(name.startswith(f"{key}.") for name in schema):
@@ -292,13 +299,13 @@ def _walk(node: yaml.MappingNode, prefix: str, source: str, schema: dict[str, Ke
             refuse_unknown(key, origin, schema)
 
 
-def _value(node: yaml.Node, key: str, origin: str) -> str | list[str | None] | None:
+def _read_value(node: yaml.Node, key: str, origin: str) -> str | list[str | None] | None:
     if isinstance(node, yaml.SequenceNode):
         if not all(isinstance(item, yaml.ScalarNode) for item in node.value):
-            raise UserError(f"{origin}: {key} has a list or a section in its list. Write a flat one: [2, 2, 6, 2].")
+            raise UserError(f"{origin}: {key} contains a list or a section. Write a flat list: [2, 2, 6, 2].")
         for item in node.value:
             _refuse_tag(item, key, origin)
-        return [_value(item, key, origin) for item in node.value]
+        return [_read_value(item, key, origin) for item in node.value]
     return None if node.tag.endswith(":null") else node.value
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that carry their own digest, and what one must hold for a run to continue from it."""
+"""utils/checkpoint/digest.py and schema.py: files that carry their digest, and entries that a run needs."""
 
 import io
 import random
@@ -15,7 +15,7 @@ from utils.checkpoint.io import extract_state_dict, read_checkpoint
 from utils.checkpoint.schema import class_names_in, validate_checkpoint
 from utils.errors import UserError
 
-CONTENTS = {"model": {"w": torch.arange(5000.0), "b": torch.ones(3)}, "state": {"samples": 4096}, "text": "x" * 100}
+CONTENTS = {"model": {"w": torch.arange(5000.0), "b": torch.ones(3)}, "state": {"images_seen": 4096}, "text": "x" * 100}
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "last.pth"
 
 
-def test_a_sealed_file_is_a_checkpoint_like_any_other(path: Path):
+def test_save_writes_a_file_that_torch_load_reads(path: Path):
     assert digest.verify_digest(path)
     for options in ({}, {"mmap": True}):
         read = torch.load(path, weights_only=True, **options)
@@ -34,7 +34,7 @@ def test_a_sealed_file_is_a_checkpoint_like_any_other(path: Path):
         assert archive.testzip() is None and archive.comment.startswith(b"sha256:")
 
 
-def test_files_of_others_have_no_seal_and_are_read(tmp_path: Path):
+def test_verify_digest_returns_none_for_other_files(tmp_path: Path):
     torch.save(CONTENTS, tmp_path / "theirs.pth")
     (tmp_path / "short").write_bytes(b"PK")
     assert digest.verify_digest(tmp_path / "theirs.pth") is None
@@ -42,8 +42,8 @@ def test_files_of_others_have_no_seal_and_are_read(tmp_path: Path):
     assert read_checkpoint(str(tmp_path / "theirs.pth"))["state"] == CONTENTS["state"]
 
 
-def test_every_flipped_bit_is_noticed(path: Path):
-    """Also in the zip's directory, which has no checksum; only within the mark itself the CRCs are what is left."""
+def test_verify_digest_notices_every_flipped_bit(path: Path):
+    """Also in the zip's directory, which has no checksum. A flip in the mark `sha256:` leaves only the CRC-32s."""
     whole, draws = path.read_bytes(), random.Random(0)
     places = [*draws.sample(range(len(whole)), 150), *range(len(whole) - 72, len(whole))]
     mark = range(len(whole) - 71, len(whole) - 64)
@@ -52,7 +52,7 @@ def test_every_flipped_bit_is_noticed(path: Path):
         assert digest.verify_digest(path) is (None if place in mark else False), place
 
 
-def test_small_writes_are_hashed_like_large_ones(monkeypatch: pytest.MonkeyPatch):
+def test_save_hashes_small_writes_like_large_ones(monkeypatch: pytest.MonkeyPatch):
     def save(contents: bytes, file) -> None:
         for start in range(0, len(contents), 1):
             file.write(contents[start : start + 1])
@@ -67,7 +67,7 @@ def test_small_writes_are_hashed_like_large_ones(monkeypatch: pytest.MonkeyPatch
     assert out.getvalue()[:-73] == buffer.getvalue()[:-2]
 
 
-def test_a_tensor_that_is_no_plain_array_is_refused(tmp_path: Path):
+def test_read_checkpoint_refuses_tensors_that_are_no_plain_arrays(tmp_path: Path):
     for value in (torch.zeros(1).expand(1 << 20, 1 << 20), torch.eye(3).to_sparse()):
         torch.save({"w": value}, tmp_path / "w.pth")
         with pytest.raises(UserError, match="w.pth: holds a tensor that is no plain array"):
@@ -90,38 +90,41 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return read_checkpoint(str(root / "logs" / "tiny" / "default" / "checkpoints" / "last.pth"))
 
 
-def test_a_real_run_is_one(run: dict):
+def test_validate_checkpoint_accepts_a_real_run(run: dict):
     validate_checkpoint(run, "last.pth")
     assert class_names_in(run, "last.pth") == ["blue", "green"] and extract_state_dict(run, "last.pth")
 
 
 @pytest.mark.parametrize(
-    ("entry", "value", "said"),
+    ("entry", "value", "message"),
     [
-        ("format", 2, "is of format 2"),
-        ("model", None, "model missing or of another kind"),
+        ("format", 2, "has format 2"),
+        ("model", None, "model missing or invalid"),
         ("config", 5, "config missing"),
         ("class_names", [1], "class_names are no list of names"),
         ("optimizer.param_groups", {}, "optimizer.param_groups missing"),
         ("optimizer.state.0.exp_avg", 5, "optimizer.state.0.exp_avg missing"),
-        ("state.samples", -1, "state.samples missing"),
-        ("state.samples", True, "state.samples missing"),
+        ("state.images_seen", -1, "state.images_seen missing"),
+        ("state.images_seen", True, "state.images_seen missing"),
+        ("train_data", "x", "train_data missing"),
+        ("train_data.num_images", 0, "train_data.num_images missing"),
+        ("train_data.dataset_digest", None, "train_data.dataset_digest missing"),
         ("state.end_epoch", 0, "state.end_epoch missing"),
         ("state.epoch_sums.loss", "x", "state.epoch_sums.loss missing"),
     ],
 )
-def test_an_entry_of_another_kind_is_named(run: dict, entry: str, value: object, said: str):
+def test_validate_checkpoint_names_an_invalid_entry(run: dict, entry: str, value: object, message: str):
     copy = torch.load(_saved(run), weights_only=True)
     *above, key = [int(part) if part.isdigit() else part for part in entry.split(".")]
     node = copy
-    for part in above:
-        node = node[part]
+    for name in above:
+        node = node[name]
     node[key] = value
-    with pytest.raises(UserError, match=f"last.pth: .*{said}"):
+    with pytest.raises(UserError, match=f"last.pth: .*{message}"):
         validate_checkpoint(copy, "last.pth")
 
 
-def test_weights_alone_are_no_run():
+def test_validate_checkpoint_refuses_weights_alone():
     with pytest.raises(UserError, match="no run to continue. Start a new run from them with --pretrained"):
         validate_checkpoint({"model": {}}, "w.pth")
 

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not at all, never executed, and what is said about the bad ones."""
+"""utils/checkpoint/io.py: complete files or none, nothing executed, messages for bad files."""
 
 import os
 import pickle
@@ -11,7 +11,6 @@ from yacs.config import CfgNode
 
 from utils.checkpoint.io import CheckpointFolder, extract_state_dict, not_finite, read_checkpoint
 from utils.errors import UserError
-from utils.files import link_atomically, write_atomically
 
 
 class Command:
@@ -25,7 +24,7 @@ class Command:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip format", "format before 1.6"])
-def test_files_of_the_original_code_become_plain_data(tmp_path: Path, zipped: bool):
+def test_read_checkpoint_turns_files_of_the_original_code_into_plain_data(tmp_path: Path, zipped: bool):
     config = CfgNode({"MODEL": {"NAME": "swin"}, "BASE": [""]})
     config.freeze()
     path = tmp_path / "original.pth"
@@ -38,7 +37,7 @@ def test_files_of_the_original_code_become_plain_data(tmp_path: Path, zipped: bo
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
-def test_code_in_a_file_is_refused_by_name_and_not_run(tmp_path: Path, kind: str):
+def test_read_checkpoint_refuses_code_by_name_and_does_not_run_it(tmp_path: Path, kind: str):
     marker, path = tmp_path / "ran", tmp_path / "evil.pth"
     contents = {"model": {"w": torch.zeros(2)}, "extra": Command(marker)}
     if kind == "pickle":
@@ -51,26 +50,26 @@ def test_code_in_a_file_is_refused_by_name_and_not_run(tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda data: b"", "it is empty"),
         (lambda data: data[: len(data) // 2], "truncated or damaged"),
         (lambda data: b"no checkpoint at all", "truncated or damaged"),
     ],
 )
-def test_damaged_files(tmp_path: Path, damage, said: str):
+def test_read_checkpoint_refuses_damaged_files(tmp_path: Path, damage, message: str):
     path = tmp_path / "damaged.pth"
     torch.save({"model": {"w": torch.zeros(1000)}}, path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=f"damaged.pth.*{said}"):
+    with pytest.raises(UserError, match=f"damaged.pth.*{message}"):
         read_checkpoint(str(path))
 
 
-def test_flipped_bits_are_never_loaded(tmp_path: Path):
+def test_read_checkpoint_never_loads_flipped_bits(tmp_path: Path):
     """A bit anywhere in the file: it is refused, or lies where nothing reads it and the contents are the same."""
     path = tmp_path / "last.pth"
     weights = torch.arange(2000, dtype=torch.float32)
-    torch.save({"model": {"w": weights}, "state": {"samples": 4096}}, path)
+    torch.save({"model": {"w": weights}, "state": {"images_seen": 4096}}, path)
     whole = path.read_bytes()
     draws, refused = random.Random(0), 0
     for _ in range(300):
@@ -82,11 +81,11 @@ def test_flipped_bits_are_never_loaded(tmp_path: Path):
             assert "last.pth" in str(error)
             refused += 1
             continue
-        assert torch.equal(contents["model"]["w"], weights) and contents["state"] == {"samples": 4096}
+        assert torch.equal(contents["model"]["w"], weights) and contents["state"] == {"images_seen": 4096}
     assert refused > 250
 
 
-def test_missing_file_and_other_contents(tmp_path: Path):
+def test_read_checkpoint_refuses_missing_files_and_other_contents(tmp_path: Path):
     with pytest.raises(UserError, match="nowhere.pth: no such file"):
         read_checkpoint(str(tmp_path / "nowhere.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
@@ -96,13 +95,13 @@ def test_missing_file_and_other_contents(tmp_path: Path):
         extract_state_dict({"epoch": 3}, "file")
 
 
-def test_weights_with_and_without_a_key():
+def test_extract_state_dict_with_and_without_a_key():
     weights = {"head.bias": torch.ones(2), "not a tensor": 3}
     for contents in ({"model": weights, "epoch": 1}, {"state_dict": weights}, weights):
         assert list(extract_state_dict(contents, "file")) == ["head.bias"]
 
 
-def test_folder_names_prunes_and_finds_the_newest(tmp_path: Path):
+def test_checkpoint_folder_names_prunes_and_finds_the_newest(tmp_path: Path):
     folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
     folder.prepare()
     assert folder.newest() is None
@@ -119,7 +118,7 @@ def test_folder_names_prunes_and_finds_the_newest(tmp_path: Path):
     assert path == folder.last and contents["epoch"] == 11
 
 
-def test_newest_falls_back_by_number_not_by_time(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_checkpoint_folder_falls_back_by_number_not_by_time(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     folder = CheckpointFolder(tmp_path, keep=0)
     for epoch in (1, 2, 3):
         folder.save({"epoch": epoch}, epoch=epoch)
@@ -138,7 +137,7 @@ def test_newest_falls_back_by_number_not_by_time(tmp_path: Path, caplog: pytest.
         folder.newest()
 
 
-def test_a_number_that_is_not_finite_is_found_by_name():
+def test_not_finite_names_the_tensor():
     model = {"w": torch.ones(2), "n": torch.tensor(3), "none": torch.zeros(0)}
     good = {"model": model, "state": {"best": float("-inf")}}
     assert not_finite(good) is None
@@ -147,35 +146,3 @@ def test_a_number_that_is_not_finite_is_found_by_name():
         state = {"optimizer": {"state": {0: {"exp_avg": torch.tensor([1.0, bad]), "exp_avg_sq": large}}}}
         assert not_finite(good | state) == "optimizer.state.0.exp_avg"
     assert not_finite({"ema": [large, large.double() * 10]}) is None
-
-
-def test_failing_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path):
-    path = tmp_path / "file"
-    write_atomically(path, lambda file: file.write(b"old"))
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(path, fail)
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_links_replace_and_leave_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    source, path = tmp_path / "a", tmp_path / "b"
-    source.write_bytes(b"1")
-    for _ in range(2):  # the second time, both names are the same file already
-        link_atomically(source, path)
-        assert source.samefile(path)
-    write_atomically(source, lambda file: file.write(b"2"))
-    assert path.read_bytes() == b"1"
-
-    def no_links(*args):
-        raise OSError("links are not supported")
-
-    monkeypatch.setattr(os, "link", no_links)
-    link_atomically(source, path)
-    assert path.read_bytes() == b"2" and not source.samefile(path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]

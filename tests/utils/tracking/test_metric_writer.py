@@ -4,8 +4,6 @@ import csv
 import json
 import logging
 import os
-import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests._forked import forked
 from utils.errors import UserError
-from utils.files import append
 from utils.tracking import logger
 from utils.tracking.image_grid import caption_of, captioned_grid
 from utils.tracking.metric_writer import MetricWriter
@@ -83,22 +80,6 @@ def test_a_full_disk_is_said_once_and_when_it_is_over(tmp_path: Path, monkeypatc
 
 def no_room(*args):
     raise OSError(28, "No space left on device")
-
-
-def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path):
-    path = tmp_path / "lines"
-    append(path, b"first\n")
-
-    def limited() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
-        try:
-            append(path, b"second line\n")
-        except OSError as error:
-            print(error.filename)
-
-    assert forked(limited).said.strip() == str(path)
-    assert path.read_bytes() == b"first\n"
 
 
 def test_event_files_follow_each_other_also_when_the_clock_goes_back(tmp_path: Path, monkeypatch):
