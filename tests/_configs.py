@@ -1,4 +1,4 @@
-"""What the tests of the configuration share."""
+"""Helpers shared by the tests of the configuration."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 
 def writer(folder: Path) -> Callable[..., Path]:
-    """A function that writes a text into a file of `folder` and returns its path."""
+    """Returns a function that writes a text into a file of `folder` and returns its path."""
 
     def write_file(text: str, name: str = "run.yaml") -> Path:
         path = folder / name
@@ -22,7 +22,7 @@ def writer(folder: Path) -> Callable[..., Path]:
 
 
 def refusal(*args, **kwargs) -> str:
-    """What get_config says when it refuses these arguments."""
+    """Returns the message with which get_config refuses these arguments."""
     with pytest.raises(UserError) as caught:
         get_config(*args, **kwargs)
     return str(caught.value)

@@ -1,4 +1,4 @@
-"""main.py's command line: what each flag sets, what is refused, how mistakes reach a person (message, exit code)."""
+"""main.py's command line: the key of each flag, refusals, and how mistakes are reported (message, exit code)."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def single_process(monkeypatch):
 
 
 def changed(*argv: str) -> dict[str, object]:
-    """The keys that `argv` sets to something else than the recipe alone, with their values."""
+    """Returns the keys, with their values, that `argv` changes relative to the recipe."""
     config, _ = parse_command_line([*CFG, *argv])
     return {key: value for key, value in flatten(config).items() if value != PLAIN[key]}
 
@@ -80,7 +80,7 @@ def test_no_flag_is_left_out_above_and_each_help_names_its_key():
     [
         (["--local_rank", "0"], "--local_rank: LOCAL_RANK has no effect here: "),
         (["--local-rank", "3"], "--local-rank: LOCAL_RANK has no effect here: "),
-        (["--amp-opt-level", "O0"], "--amp-opt-level: AMP_OPT_LEVEL (Apex) 'O0' is taken as AMP_ENABLE False"),
+        (["--amp-opt-level", "O0"], "--amp-opt-level: AMP_OPT_LEVEL (Apex) 'O0' is read as AMP_ENABLE False"),
         (["--amp-opt-level", "O2"], "--amp-opt-level: AMP_OPT_LEVEL (Apex) 'O2' has no effect"),
         (["--fused_window_process"], "--fused_window_process: FUSED_WINDOW_PROCESS has no effect here: "),
         (["--fused_layernorm"], "--fused_layernorm: FUSED_LAYERNORM has no effect here: "),
@@ -100,7 +100,7 @@ def test_opts_win_over_flags_and_flags_over_the_file(tmp_path):
     assert (config.DATA.BATCH_SIZE, config.TAG, config.OUTPUT) == (2, "opts", "again")
 
 
-def test_accept_changes_is_no_key():
+def test_allow_config_change_is_no_key():
     config, args = parse_command_line([*CFG, "--allow-config-change"])
     assert args.allow_config_change and flatten(config) == PLAIN
     assert not parse_command_line(CFG)[1].allow_config_change
@@ -110,7 +110,7 @@ def test_accept_changes_is_no_key():
 
 
 @pytest.mark.parametrize(
-    ("argv", "wanted"),
+    ("argv", "message"),
     [
         (["--bacth-size", "8"], "there is no flag --bacth-size. Did you mean --batch-size?"),
         (["--bach-size=8"], "there is no flag --bach-size. Did you mean --batch-size?"),
@@ -130,13 +130,13 @@ def test_accept_changes_is_no_key():
         (["--optim", "fused_adam"], "--optim: TRAIN.OPTIMIZER.NAME is 'fused_adam'"),
         (["--batch-size", "5"], "DATA.BATCH_SIZE 5 (--batch-size) must be even"),
         (["--eval"], "--resume FILE or --pretrained FILE"),
-        (["--eval", "--throughput", "--resume", "x"], "leave out --eval or --throughput"),
+        (["--eval", "--throughput", "--resume", "x"], "omit --eval or --throughput"),
         (["--resume", "a", "--pretrained", "b"], "give one of --resume and --pretrained"),
         (["--resume", "a", "--opts", "MODEL.PRETRAINED", "b"], "--opts MODEL.PRETRAINED starts a new one"),
     ],
 )
-def test_refused(argv, wanted):
-    assert wanted in refusal(*CFG, *argv)
+def test_refused(argv, message):
+    assert message in refusal(*CFG, *argv)
 
 
 def test_cfg_is_required():
@@ -172,17 +172,17 @@ def fails_with(error):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [(UserError("fix it"), 2, "error: fix it\n"), (TrainingDiverged("gone"), 3, "error: gone\n"),
      (KeyboardInterrupt(), 130, "interrupted\n")],
 )  # fmt: skip
-def test_exit_codes_of_a_run(monkeypatch, capsys, error, code, said):
+def test_exit_codes_of_a_run(monkeypatch, capsys, error, code, message):
     monkeypatch.setattr(main_module, "run", fails_with(error))
     assert main(CFG) == code
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == message
 
 
-def test_faults_of_the_program_keep_their_traceback(monkeypatch):
+def test_bugs_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(main_module, "run", fails_with(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         main(CFG)

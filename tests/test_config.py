@@ -1,4 +1,4 @@
-"""config.py and utils/config/rules.py: precedence, types, ranges, what is refused and how."""
+"""config.py and utils/config/rules.py: precedence, types, ranges, and the messages of refusals."""
 
 import re
 
@@ -7,8 +7,9 @@ import yaml
 
 from config import SCHEMA, get_config
 from tests._configs import refusal, writer
+from utils.config.docs import CONFIG_MD, config_markdown
 from utils.config.merge import Override, flatten
-from utils.config.rules import CHOICES, INTERVALS
+from utils.config.rules import CHOICES, EXPERIMENTAL, INTERVALS
 from utils.paths import REPO_ROOT
 
 DEFAULTS = flatten(get_config(None))
@@ -19,7 +20,7 @@ def write(tmp_path):
     return writer(tmp_path)
 
 
-# ---------------------------------------------------------------- defaults, and the tables beside them
+# ---------------------------------------------------------------- defaults, and the tables of rules
 
 
 def test_defaults_are_the_papers_recipe():
@@ -39,6 +40,20 @@ def test_every_key_has_a_comment():
     keys = {key: rest for key, rest in lines if not rest.startswith("CfgNode()")}
     assert set(keys) == set(DEFAULTS)
     assert [key for key, rest in keys.items() if not re.search(r"  # \S.{8}", rest)] == []
+
+
+def test_the_documentation_is_generated_from_config_py():
+    text = config_markdown()
+    assert text.count("\n| `") == len(DEFAULTS)
+    assert CONFIG_MD.read_text(encoding="utf-8") == text, "rewrite docs/CONFIG.md: python -m utils.config.docs"
+
+
+@pytest.mark.parametrize("key", EXPERIMENTAL)
+def test_experimental_keys_log_a_warning(key, caplog):
+    get_config(None, ["TRAIN.COMPILE", "True", key, "True"])
+    assert caplog.messages == [f"--opts: {key} is experimental: it has never run on a GPU."]
+    source = (REPO_ROOT / "config.py").read_text(encoding="utf-8")
+    assert re.search(rf"^_C\.{key} = .*# experimental: never run on a GPU", source, re.MULTILINE)
 
 
 def test_every_number_has_bounds_and_every_name_its_choices():
@@ -131,7 +146,7 @@ def test_yaml_floats_in_every_spelling(write, text):
         ("DATA.DATA_PATH", "/data/1e5", "/data/1e5"),
     ],
 )
-def test_values_are_taken_as_what_their_key_means(write, key, value, expected):
+def test_values_are_converted_to_the_type_of_their_key(write, key, value, expected):
     from_opts = flatten(get_config(None, [key, value]))[key]
     from_yaml = flatten(get_config(write(yaml.safe_dump({key: value}))))[key]
     assert from_opts == from_yaml == expected
@@ -144,7 +159,7 @@ def test_a_plain_yaml_name_stays_as_it_was_written(write, text):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "kind"),
+    ("key", "value", "key_type"),
     [
         ("DATA.BATCH_SIZE", "big", "a whole number"),
         ("DATA.BATCH_SIZE", "8.0", "a whole number"),
@@ -173,9 +188,9 @@ def test_a_plain_yaml_name_stays_as_it_was_written(write, text):
         ("AUG.CUTMIX_MINMAX", "[0.2, x]", "a list of finite numbers, or None"),
     ],
 )
-def test_a_value_of_another_kind_is_refused(key, value, kind):
+def test_a_value_of_another_type_is_refused(key, value, key_type):
     message = refusal(None, [key, value])
-    assert message.startswith(f"--opts: {key} takes {kind}, not ") and len(message) < 300
+    assert message.startswith(f"--opts: {key} takes {key_type}, not ") and len(message) < 300
 
 
 def test_no_bool_for_an_int_and_no_int_for_a_bool_from_yaml(write):
@@ -225,7 +240,7 @@ def test_bounds_with_a_bracket_are_in_range(key, value):
 
 
 @pytest.mark.parametrize(
-    ("opts", "named"),
+    ("opts", "parts"),
     [
         ("TRAIN.EPOCHS 20", ["TRAIN.WARMUP_EPOCHS 20 (default)", "TRAIN.EPOCHS 20 (--opts)"]),
         ("MODEL.SWIN.DEPTHS [2,2]", ["MODEL.SWIN.DEPTHS [2, 2] (--opts)", "MODEL.SWIN.NUM_HEADS"]),
@@ -242,7 +257,7 @@ def test_bounds_with_a_bracket_are_in_range(key, value):
         ("DATA.DATASET imagnet", ["DATA.DATASET 'imagnet'", "Did you mean imagenet?"]),
         ("DATA.DATASET demo DATA.ZIP_MODE true", ["DATA.ZIP_MODE True", "DATA.DATASET 'demo'"]),
         ("TAG ../other", ["TAG '../other'"]),
-        (f"TAG {'x' * 300}", ["TAG names a folder, whose name may have 255 bytes"]),
+        (f"TAG {'x' * 300}", ["TAG names a folder, and folder names have at most 255 bytes"]),
         ("MODEL.SWIN.IN_CHANS 4", ["MODEL.SWIN.IN_CHANS 4 (--opts) must be 3", "--throughput"]),
         ("MODEL.TYPE swinv2 MODEL.SWINV2.IN_CHANS 1", ["MODEL.SWINV2.IN_CHANS 1 (--opts) must be 3"]),
         ("MODEL.NAME /abs", ["MODEL.NAME '/abs'"]),
@@ -250,9 +265,9 @@ def test_bounds_with_a_bracket_are_in_range(key, value):
         ("EVAL_MODE true THROUGHPUT_MODE true MODEL.RESUME x", ["--eval or --throughput"]),
     ],
 )
-def test_contradictions_name_the_keys_where_they_come_from_and_a_way_out(opts, named):
+def test_contradictions_name_the_keys_their_origins_and_a_way_out(opts, parts):
     message = refusal(None, opts.split())
-    assert [part for part in named if part not in message] == [] and message.count("\n") == 0
+    assert [part for part in parts if part not in message] == [] and message.count("\n") == 0
 
 
 @pytest.mark.parametrize("key", ["TAG", "OUTPUT", "DATA.DATA_PATH", "MODEL.NAME", "MODEL.RESUME"])
@@ -262,7 +277,7 @@ def test_names_hold_no_control_characters(key, character):
     assert message.startswith(f"--opts: {key} is ") and "remove the line break" in message and character not in message
 
 
-def test_all_contradictions_are_said_at_once():
+def test_all_contradictions_are_reported_at_once():
     assert len(refusal(None, ["TRAIN.EPOCHS", "2", "DATA.BATCH_SIZE", "5"]).splitlines()) == 2
 
 
@@ -279,7 +294,7 @@ def test_all_contradictions_are_said_at_once():
         "TAG trials/1",
     ],
 )
-def test_combinations_that_are_right(opts):
+def test_valid_combinations(opts):
     get_config(None, opts.split())
 
 
@@ -318,7 +333,7 @@ def test_unknown_keys_get_advice(key, advice):
     assert message.startswith("--opts: ") and key in message and advice in message
 
 
-def test_unknown_keys_in_a_file_are_said_with_their_line(write):
+def test_unknown_keys_in_a_file_are_reported_with_their_line(write):
     path = write("TRAIN:\n  # a comment\n  EPOCS: 3")
     assert f"{path}, line 3: there is no key TRAIN.EPOCS. Did you mean TRAIN.EPOCHS?" in refusal(path)
     path = write("TRIAN:\n  EPOCHS: 3")

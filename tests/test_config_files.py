@@ -1,4 +1,4 @@
-"""Configuration files: what is no YAML, BASE, what is never executed; old names, keys without effect, comparing."""
+"""Configuration files: malformed YAML, BASE, nothing executed; old names, keys without effect, differences."""
 
 import re
 
@@ -47,7 +47,7 @@ def write(tmp_path):
         ("BASE: {a: 1}", "BASE takes a list of texts"),
     ],
 )
-def test_files_that_are_no_configuration(write, text, wanted):
+def test_malformed_files_are_refused(write, text, wanted):
     path = write(text)
     message = refusal(path)
     assert str(path) in message and wanted in message and len(message) < 500
@@ -74,13 +74,13 @@ def test_a_recipe_of_the_original_project_is_named_by_ours(tmp_path):
     assert "configs/swin_mlp_base.yaml" in refusal(tmp_path / "swin_mlp_base_patch4_window7_224.yaml")
 
 
-def test_what_is_dumped_means_the_same_when_parsed():
+def test_parse_reads_what_dump_wrote():
     config = get_config(None, ["TAG", "007", "TRAIN.LR_SCHEDULER.MULTISTEPS", "[30,60]", "MODEL.SWIN.QK_SCALE", "0.5"])
     assert flatten(parse(dump(config), "file")) == flatten(config)
 
 
 @pytest.mark.parametrize("text", ["", "x", "a: [", "NEW: 1", "TAG: !!python/name:os.system x", "[" * 2000])
-def test_a_checkpoints_config_by_somebody_else_is_refused_by_name(text):
+def test_parse_refuses_a_config_of_another_program_by_name(text):
     with pytest.raises(UserError, match="last.pth"):
         parse(text, "last.pth")
 
@@ -113,21 +113,21 @@ def test_python_is_never_executed(write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "enabled", "said"),
+    ("text", "enabled", "message"),
     [
         ("ENABLE_AMP: False", False, "ENABLE_AMP is the old name of AMP_ENABLE"),
-        ("AMP_OPT_LEVEL: O0", False, "AMP_OPT_LEVEL (Apex) 'O0' is taken as AMP_ENABLE False"),
+        ("AMP_OPT_LEVEL: O0", False, "AMP_OPT_LEVEL (Apex) 'O0' is read as AMP_ENABLE False"),
         ("AMP_OPT_LEVEL: O1", True, "AMP_OPT_LEVEL (Apex) 'O1' has no effect"),
         ("AMP_OPT_LEVEL: ''", True, None),
     ],
 )
-def test_old_names_of_amp_enable(write, caplog, text, enabled, said):
+def test_old_names_of_amp_enable(write, caplog, text, enabled, message):
     path = write(text)
     config = get_config(path)
     assert config.AMP_ENABLE is enabled
     assert get_config(path, ["AMP_ENABLE", "true"]).AMP_ENABLE is True
     lines = caplog.messages
-    assert len(lines) == (2 if said else 0) and all(line.startswith(f"{path}, line 1: {said}") for line in lines)
+    assert len(lines) == (2 if message else 0) and all(line.startswith(f"{path}, line 1: {message}") for line in lines)
 
 
 def test_an_unknown_apex_level_is_refused():
@@ -139,7 +139,7 @@ def test_an_unknown_apex_level_is_refused():
     [("TRAIN.START_EPOCH", 5), ("TRAIN.MOE.SAVE_MASTER", True), ("TEST.SEQUENTIAL", True), ("TEST.SHUFFLE", True),
      ("LOCAL_RANK", 1), ("FUSED_WINDOW_PROCESS", True), ("FUSED_LAYERNORM", True)],
 )  # fmt: skip
-def test_keys_without_effect_say_so_once_if_changed(caplog, key, value):
+def test_keys_without_effect_are_logged_once_if_changed(caplog, key, value):
     same = get_config(None, flags=[Override(key, DEFAULTS[key], "FILE, line 1")])
     assert caplog.messages == []
     changed = get_config(None, flags=[Override(key, value, "FILE, line 1")])

@@ -1,15 +1,17 @@
-"""What values the keys of config.py may have, alone and together; and which keys are understood but change nothing."""
+"""The values that keys of config.py may have, alone and together, and the keys that are accepted without effect."""
 
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from yacs.config import CfgNode
 
 from utils.errors import UserError
+
+IMAGENET_22K_CLASSES = 21841  # of the release that the published models were pre-trained on
 
 CHOICES = {
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
@@ -21,13 +23,14 @@ CHOICES = {
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
     "TRAIN.PARALLEL": ("ddp", "fsdp"),
+    "TRAIN.BEST_METRIC": ("auto", "acc1", "acc5", "loss"),
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "TEST.PRESET": ("auto", "original", "timm", "torchvision", "hf"),
     "AMP_DTYPE": ("auto", "bfloat16", "float16", "float32"),
 }
 
-# Bounds of numbers (of each one in a list): a bracket includes its bound, a parenthesis does not.
+# Bounds of numbers, and of each number in a list: a bracket includes its bound, a parenthesis excludes it.
 INTERVALS = {
     "[0, inf)": """
         DATA.NUM_WORKERS DATA.MAX_BAD_IMAGES MODEL.NUM_CLASSES TRAIN.START_EPOCH TRAIN.WARMUP_EPOCHS TRAIN.WEIGHT_DECAY
@@ -63,34 +66,34 @@ AUTO_AUGMENT = re.compile(
     rf"|augmix(-(m\d+|w\d+|d\d+|a{_NUMBER}|b[01]|mstd{_NUMBER}))*|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"
 )
 
-# Keys of the original that are understood but change nothing here, and why.
+# Keys of the original code that are accepted without effect, and why they have none.
 NO_EFFECT = {
-    "TRAIN.START_EPOCH": "a run continues at the very sample where it was saved",
-    "TRAIN.MOE.SAVE_MASTER": "there are no experts here, and rank 0 alone saves",
-    "TEST.SEQUENTIAL": "every validation image counts once, whatever the order",
-    "TEST.SHUFFLE": "every validation image counts once, whatever the order",
-    "LOCAL_RANK": "torchrun tells each process its rank",
-    "FUSED_WINDOW_PROCESS": "MODEL.ATTN chooses how windows are computed",
+    "TRAIN.START_EPOCH": "a run continues at the exact sample where it was saved",
+    "TRAIN.MOE.SAVE_MASTER": "there are no experts here, and only rank 0 saves",
+    "TEST.SEQUENTIAL": "every validation image counts once, in any order",
+    "TEST.SHUFFLE": "every validation image counts once, in any order",
+    "LOCAL_RANK": "torchrun sets the rank of each process",
+    "FUSED_WINDOW_PROCESS": "MODEL.ATTN selects the implementation of window attention",
     "FUSED_LAYERNORM": "PyTorch's own LayerNorm is used",
 }
 
-# The same for some types of model only.
+# Keys without effect for one MODEL.TYPE.
 NO_EFFECT_FOR = {
     "swin_mlp": {
         "MODEL.ATTN": "Swin-MLP has no attention",
         "MODEL.ATTN_DROP_RATE": "Swin-MLP has no attention",
     },
     "timm": {
-        "MODEL.ATTN": "timm's models choose how they compute attention",
+        "MODEL.ATTN": "timm's models choose their own attention",
         "MODEL.ATTN_DROP_RATE": "it is not passed on to timm's models",
-        "MODEL.DROP_PATH_SKIP": "timm's models do their own stochastic depth",
+        "MODEL.DROP_PATH_SKIP": "timm's models have their own stochastic depth",
     },
 }
 
-# Where the architecture of each type of model stands; timm's is told by MODEL.NAME.
+# The section with the architecture of each MODEL.TYPE; MODEL.NAME selects that of a timm model.
 SECTIONS = {"swin": "MODEL.SWIN", "swinv2": "MODEL.SWINV2", "swin_mlp": "MODEL.SWIN_MLP"}
 
-# Keys (or sections) and values of the original that belong to what is not built here, and what that is.
+# Keys, sections and values of the original code for features that are not supported here.
 UNSUPPORTED = {
     "MODEL.SWIN_MOE": "Swin-MoE",
     "MODEL.SIMMIM": "SimMIM pre-training",
@@ -99,50 +102,63 @@ UNSUPPORTED = {
 }
 UNSUPPORTED_TYPES = {"swin_moe": "Swin-MoE"}
 
-# Keys that say where, how often and with which means, but do not change what a run computes. Two configs that differ in
-# these alone are the same run. Not among them: ACCUMULATION_STEPS, USE_CHECKPOINT, ATTN and the like, which may change
-# the last digits, and DATA.ZIP_MODE, since a zip may hold other files, in another order, than a folder.
+# Experimental keys: switching one on logs a warning.
+EXPERIMENTAL = ("TRAIN.CUDA_GRAPHS", "TRAIN.BF16_PARAMS")
+
+# Keys that do not change what a run computes: two configs that differ only in these describe the same run. Not
+# included: ACCUMULATION_STEPS, USE_CHECKPOINT, ATTN and the like, which may change the last digits, and DATA.ZIP_MODE,
+# because a zip may hold other files than the folder, or in another order.
 NON_SEMANTIC_KEYS = frozenset(NO_EFFECT) | {
     "BASE", "DATA.DATA_PATH", "DATA.CACHE_MODE", "DATA.PIN_MEMORY", "DATA.NUM_WORKERS", "DATA.MAX_BAD_IMAGES",
     "MODEL.RESUME", "TRAIN.AUTO_RESUME", "TRAIN.MAX_BAD_STEPS", "OUTPUT", "TAG", "SAVE_FREQ", "SAVE_STEPS", "SAVE_KEEP",
     "PRINT_FREQ", "TIMEOUT", "EVAL_MODE", "THROUGHPUT_MODE",
 }  # fmt: skip
 
-# Values of other keys between which a run may change without becoming another: they compute the same to the bit.
+# Values of other keys that compute the same bits, so that a run may change from one to another.
 BITWISE_EQUIVALENT = {"DATA.BACKEND": frozenset(("auto", "reference", "fast"))}
 
 
 def check_each(values: dict[str, object], origins: dict[str, str]) -> None:
-    """Refuses the first value that is outside its choices, interval or length. `origins` says who gave a key."""
+    """Refuses the first value outside its choices, interval or length.
+
+    Args:
+        origins: by key, the place where its value was given.
+
+    Raises:
+        UserError: names the key, its value, and the values that are allowed.
+    """
     if values["MODEL.TYPE"] in UNSUPPORTED_TYPES:
         refuse_unsupported("MODEL.TYPE", origins["MODEL.TYPE"], UNSUPPORTED_TYPES[values["MODEL.TYPE"]])
+
+    def refuse(key: str, requirement: str) -> NoReturn:
+        raise UserError(f"{origins.get(key, 'default')}: {key} is {values[key]!r}{requirement}.")
+
     rules: list[tuple[str, Callable[[object], bool], str]] = []
     for key, choices in CHOICES.items():
         rules.append((key, choices.__contains__, "one of " + ", ".join(choices)))
     for interval, keys in INTERVALS.items():
         rules += [(key, _inside(interval), f"in the interval {interval}") for key in keys.split()]
-    for key, accepts, wanted in rules:
-        value = values[key]
-        items = value if isinstance(value, list | tuple) else [value]
-        if not all(item is None or accepts(item) for item in items):
-            raise UserError(f"{origins.get(key, 'default')}: {key} is {value!r} but must be {wanted}.")
+    for key, accepts, allowed in rules:
+        if not all(item is None or accepts(item) for item in _items(values[key])):
+            refuse(key, f" but must be {allowed}")
     for key, value in values.items():
-        for text in [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []:
-            if isinstance(text, str) and any(character < " " for character in text):
-                raise UserError(
-                    f"{origins.get(key, 'default')}: {key} is {value!r}: remove the line break, tab or the like in it."
-                )
+        if any(isinstance(text, str) and any(character < " " for character in text) for text in _items(value)):
+            refuse(key, ": remove the line break, tab or other control character in it")
     for key, length in LENGTHS.items():
         if values[key] is not None and len(values[key]) != length:
-            raise UserError(f"{origins.get(key, 'default')}: {key} is {values[key]!r} but must have {length} numbers.")
+            refuse(key, f" but must have {length} numbers")
 
 
-def refuse_unsupported(key: str, origin: str, what: str) -> NoReturn:
-    """Raises UserError for a key of the original that belongs to `what`."""
+def refuse_unsupported(key: str, origin: str, feature: str) -> NoReturn:
+    """Raises UserError for a key of the original code that belongs to an unsupported `feature`."""
+    supported = ", ".join(CHOICES["MODEL.TYPE"])
     raise UserError(
-        f"{origin}: {key} belongs to {what}, which is not yet supported here. What is: MODEL.TYPE "
-        f"{', '.join(CHOICES['MODEL.TYPE'])}."
+        f"{origin}: {key} belongs to {feature}, which is not yet supported here. MODEL.TYPE may be {supported}."
     )
+
+
+def _items(value: object) -> Sequence[object]:
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _inside(interval: str) -> Callable[[object], bool]:
@@ -156,91 +172,115 @@ def _inside(interval: str) -> Callable[[object], bool]:
     return accepts
 
 
-def validate_combinations(config: CfgNode, said: Callable[[str], str]) -> Iterator[str]:
-    """Sentences about values that are right alone but not together. `said` quotes a key with its value and origin."""
+def validate_combinations(config: CfgNode, describe: Callable[[str], str]) -> Iterator[str]:
+    """Yields an error message for each set of values that are valid alone but not together.
+
+    Args:
+        describe: quotes a key with its value and origin.
+    """
     if config.MODEL.TYPE in SECTIONS:
-        section = SECTIONS[config.MODEL.TYPE]
-        yield from _validate_architecture(config.MODEL[section.rpartition(".")[2]], section, said)
-        channels = f"{section}.IN_CHANS"
-        if config.MODEL[section.rpartition(".")[2]].IN_CHANS != 3 and not config.THROUGHPUT_MODE:
-            yield f"{said(channels)} must be 3, since images are read as RGB; only --throughput takes other numbers."
-    train, scheduler, aug = config.TRAIN, config.TRAIN.LR_SCHEDULER, config.AUG
-    if train.WARMUP_EPOCHS >= train.EPOCHS:
-        yield (
-            f"{said('TRAIN.WARMUP_EPOCHS')} must be less than {said('TRAIN.EPOCHS')}. "
-            "For a short run give both, such as --opts TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 0."
-        )
-    if scheduler.NAME == "multistep":
-        steps = scheduler.MULTISTEPS
-        if not steps or steps != sorted(set(steps)) or steps[0] < train.WARMUP_EPOCHS:
-            yield (
-                f"{said('TRAIN.LR_SCHEDULER.NAME')} needs rising epochs, none within warm-up, in "
-                f"{said('TRAIN.LR_SCHEDULER.MULTISTEPS')}, such as [150, 225]; {said('TRAIN.WARMUP_EPOCHS')}."
-            )
-    if train.CUDA_GRAPHS and not train.COMPILE:
-        yield f"{said('TRAIN.CUDA_GRAPHS')} replays what is compiled: add TRAIN.COMPILE True, or leave it out."
-    if train.CUDA_GRAPHS and train.ACCUMULATION_STEPS > 1:
-        yield (
-            f"{said('TRAIN.CUDA_GRAPHS')} reuses the memory of gradients, which {said('TRAIN.ACCUMULATION_STEPS')} "
-            "adds up: use one of the two."
-        )
-    if train.BF16_PARAMS and config.MODEL.TYPE == "timm":
-        yield f"{said('TRAIN.BF16_PARAMS')} is for this project's models: timm's may count on float32. Leave it out."
-    mixing = aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None
-    if mixing and config.DATA.BATCH_SIZE % 2 and not (config.EVAL_MODE or config.THROUGHPUT_MODE):
-        yield (
-            f"{said('DATA.BATCH_SIZE')} must be even, because Mixup and CutMix pair images; or switch them off: "
-            "--opts AUG.MIXUP 0 AUG.CUTMIX 0 AUG.CUTMIX_MINMAX None."
-        )
-    if train.PARALLEL == "fsdp" and config.MODEL.TYPE == "timm":
-        yield f"{said('TRAIN.PARALLEL')} splits a model by its blocks, and timm's are not known: set ddp."
-    if train.PARALLEL == "fsdp" and train.OPTIMIZER.NAME != "adamw":
-        yield f"{said('TRAIN.PARALLEL')} goes with adamw alone, not {said('TRAIN.OPTIMIZER.NAME')}: set ddp."
-    for other in ("COMPILE", "BF16_PARAMS"):
-        if train.PARALLEL == "fsdp" and train[other]:
-            yield f"{said('TRAIN.PARALLEL')} does not go with {said(f'TRAIN.{other}')}: set ddp, or {other} False."
-    if aug.CUTMIX_MINMAX is not None and aug.CUTMIX_MINMAX[0] > aug.CUTMIX_MINMAX[1]:
-        yield f"{said('AUG.CUTMIX_MINMAX')} must be [least, largest]: swap the two."
-    if not AUTO_AUGMENT.fullmatch(aug.AUTO_AUGMENT):
-        yield f"{said('AUG.AUTO_AUGMENT')} is no policy. Write one such as 'rand-m9-mstd0.5-inc1', or 'none'."
-    if config.DATA.DATASET not in DATASETS and "/" not in config.DATA.DATASET:
-        near = difflib.get_close_matches(config.DATA.DATASET, DATASETS, n=1)
-        yield f"{said('DATA.DATASET')} is not known. " + (
-            f"Did you mean {near[0]}?" if near else f"Use {', '.join(DATASETS)}, or a timm name such as torch/cifar10."
-        )
-    elif config.DATA.ZIP_MODE and config.DATA.DATASET != "imagenet":
-        yield f"{said('DATA.ZIP_MODE')} is for DATASET imagenet only, not {said('DATA.DATASET')}. Change one of them."
+        yield from _validate_architecture(config, SECTIONS[config.MODEL.TYPE], describe)
+    yield from _validate_schedule(config.TRAIN, describe)
+    yield from _validate_step(config, describe)
+    yield from _validate_augmentation(config, describe)
+    yield from _validate_dataset(config.DATA, describe)
     for key, name in (("MODEL.NAME", config.MODEL.NAME), ("TAG", config.TAG)):
         if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
-            yield f"{said(key)} names a folder under OUTPUT, so it must be neither empty nor absolute nor contain '..'."
+            yield f"{describe(key)} is a folder under OUTPUT: it must not be empty, absolute, or contain '..'."
         elif any(len(os.fsencode(part)) > 255 for part in Path(name).parts):
-            yield f"{key} names a folder, whose name may have 255 bytes: give a shorter one than {name[:40]}…"
+            yield f"{key} names a folder, and folder names have at most 255 bytes: shorten {name[:40]}…"
     if config.EVAL_MODE and config.THROUGHPUT_MODE:
-        yield f"{said('EVAL_MODE')} and {said('THROUGHPUT_MODE')} exclude each other: leave out --eval or --throughput."
+        yield f"{describe('EVAL_MODE')} and {describe('THROUGHPUT_MODE')} are exclusive: omit --eval or --throughput."
     if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
-        yield f"{said('EVAL_MODE')} needs weights to evaluate: add --resume FILE or --pretrained FILE."
+        yield f"{describe('EVAL_MODE')} needs weights to evaluate: add --resume FILE or --pretrained FILE."
 
 
-def _validate_architecture(model: CfgNode, section: str, said: Callable[[str], str]) -> Iterator[str]:
-    depths, heads = said(f"{section}.DEPTHS"), said(f"{section}.NUM_HEADS")
+def _validate_architecture(config: CfgNode, section: str, describe: Callable[[str], str]) -> Iterator[str]:
+    model = config.MODEL[section.rpartition(".")[2]]
+    depths, heads = describe(f"{section}.DEPTHS"), describe(f"{section}.NUM_HEADS")
     if not model.DEPTHS or len(model.DEPTHS) != len(model.NUM_HEADS):
         yield f"{depths} and {heads} must be equally long, one number for each stage."
     for stage, num_heads in enumerate(model.NUM_HEADS):
-        width = model.EMBED_DIM * 2**stage
-        if width % num_heads:
+        channels = model.EMBED_DIM * 2**stage
+        if channels % num_heads:
             yield (
-                f"{heads}: the {width} channels of stage {stage} cannot be divided by {num_heads} heads. "
-                f"Change it, or {said(f'{section}.EMBED_DIM')}."
+                f"{heads}: the {channels} channels of stage {stage} cannot be divided by {num_heads} heads. "
+                f"Change it, or {describe(f'{section}.EMBED_DIM')}."
             )
-            break  # the same channels are doubled in each further stage
-    first_windows = model.get("PRETRAINED_WINDOW_SIZES", [])
-    if any(first_windows) and len(first_windows) != len(model.DEPTHS):
+            break  # later stages have multiples of these channels
+    pretrained_windows = model.get("PRETRAINED_WINDOW_SIZES", [])
+    if any(pretrained_windows) and len(pretrained_windows) != len(model.DEPTHS):
         yield (
-            f"{said(f'{section}.PRETRAINED_WINDOW_SIZES')} and {depths} must be equally long, one number for each "
-            "stage; or all zeros, where the weights were made with the present window."
+            f"{describe(f'{section}.PRETRAINED_WINDOW_SIZES')} and {depths} must be equally long, one number for each "
+            "stage; or all zeros, if the weights were trained with WINDOW_SIZE."
         )
     if model.APE and model.get("POSITION", "rel") in ("none", "rel_no_app"):
         yield (
-            f"{said(f'{section}.APE')} adds an absolute position embedding, which {said(f'{section}.POSITION')} is "
-            "without: set POSITION to abs or abs+rel, or APE to False."
+            f"{describe(f'{section}.APE')} adds an absolute position embedding, but "
+            f"{describe(f'{section}.POSITION')} excludes one: set POSITION to abs or abs+rel, or APE to False."
         )
+    if model.IN_CHANS != 3 and not config.THROUGHPUT_MODE:
+        channels = describe(f"{section}.IN_CHANS")
+        yield f"{channels} must be 3, because images are read as RGB; only --throughput accepts other numbers."
+
+
+def _validate_schedule(train: CfgNode, describe: Callable[[str], str]) -> Iterator[str]:
+    if train.WARMUP_EPOCHS >= train.EPOCHS:
+        yield (
+            f"{describe('TRAIN.WARMUP_EPOCHS')} must be less than {describe('TRAIN.EPOCHS')}. "
+            "For a short run give both, such as --opts TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 0."
+        )
+    if train.LR_SCHEDULER.NAME == "multistep":
+        steps = train.LR_SCHEDULER.MULTISTEPS
+        if not steps or steps != sorted(set(steps)) or steps[0] < train.WARMUP_EPOCHS:
+            yield (
+                f"{describe('TRAIN.LR_SCHEDULER.NAME')} needs rising epochs, none within warm-up, in "
+                f"{describe('TRAIN.LR_SCHEDULER.MULTISTEPS')}, such as [150, 225]; {describe('TRAIN.WARMUP_EPOCHS')}."
+            )
+
+
+def _validate_step(config: CfgNode, describe: Callable[[str], str]) -> Iterator[str]:
+    train, timm = config.TRAIN, config.MODEL.TYPE == "timm"
+    if train.CUDA_GRAPHS and not train.COMPILE:
+        yield f"{describe('TRAIN.CUDA_GRAPHS')} replays compiled code: add TRAIN.COMPILE True, or leave it out."
+    if train.CUDA_GRAPHS and train.ACCUMULATION_STEPS > 1:
+        yield (
+            f"{describe('TRAIN.CUDA_GRAPHS')} reuses the memory of gradients, in which "
+            f"{describe('TRAIN.ACCUMULATION_STEPS')} accumulates: use one of the two."
+        )
+    if train.BF16_PARAMS and timm:
+        yield f"{describe('TRAIN.BF16_PARAMS')} is for this project's models: timm's may rely on float32. Leave it out."
+    if train.PARALLEL == "fsdp" and timm:
+        yield f"{describe('TRAIN.PARALLEL')} shards a model by its blocks, and those of timm are not known: set ddp."
+    if train.PARALLEL == "fsdp" and train.OPTIMIZER.NAME != "adamw":
+        yield f"{describe('TRAIN.PARALLEL')} works only with adamw, not {describe('TRAIN.OPTIMIZER.NAME')}: set ddp."
+    for other in ("COMPILE", "BF16_PARAMS"):
+        if train.PARALLEL == "fsdp" and train[other]:
+            yield (
+                f"{describe('TRAIN.PARALLEL')} does not work with {describe(f'TRAIN.{other}')}: set ddp, or "
+                f"{other} False."
+            )
+
+
+def _validate_augmentation(config: CfgNode, describe: Callable[[str], str]) -> Iterator[str]:
+    aug = config.AUG
+    mixing = aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None
+    if mixing and config.DATA.BATCH_SIZE % 2 and not (config.EVAL_MODE or config.THROUGHPUT_MODE):
+        yield (
+            f"{describe('DATA.BATCH_SIZE')} must be even, because Mixup and CutMix pair images; or switch them off: "
+            "--opts AUG.MIXUP 0 AUG.CUTMIX 0 AUG.CUTMIX_MINMAX None."
+        )
+    if aug.CUTMIX_MINMAX is not None and aug.CUTMIX_MINMAX[0] > aug.CUTMIX_MINMAX[1]:
+        yield f"{describe('AUG.CUTMIX_MINMAX')} must be [smallest, largest]: swap the two."
+    if not AUTO_AUGMENT.fullmatch(aug.AUTO_AUGMENT):
+        yield f"{describe('AUG.AUTO_AUGMENT')} is no policy. Write one such as 'rand-m9-mstd0.5-inc1', or 'none'."
+
+
+def _validate_dataset(data: CfgNode, describe: Callable[[str], str]) -> Iterator[str]:
+    if data.DATASET not in DATASETS and "/" not in data.DATASET:
+        near = difflib.get_close_matches(data.DATASET, DATASETS, n=1)
+        yield f"{describe('DATA.DATASET')} is not known. " + (
+            f"Did you mean {near[0]}?" if near else f"Use {', '.join(DATASETS)}, or a timm name such as torch/cifar10."
+        )
+    elif data.ZIP_MODE and data.DATASET != "imagenet":
+        yield f"{describe('DATA.ZIP_MODE')} is for DATASET imagenet only, not {describe('DATA.DATASET')}. Change one."
