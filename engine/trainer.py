@@ -94,7 +94,7 @@ def _train_locked(
         )
         if clock.complete:
             log.info("this run is complete: all %d epochs are done", config.TRAIN.EPOCHS)
-        elif preemption.should_stop_now():
+        elif preemption.should_stop(wait=True):
             log.info("stopped before the first step; the same command continues")
             return
         else:
@@ -251,7 +251,7 @@ class Trainer:
         """Evaluates, logs and saves the complete epoch. Returns False, having changed nothing, if asked to stop."""
         most = broadcast_from_main(len(val))
         evaluated = evaluation.evaluate_with_average(self.components, lambda: preemption.iterate_until_stop(val, most))
-        if preemption.should_stop_now():
+        if preemption.should_stop(wait=True):
             return False
         state, epoch = self.state, self.clock.epoch
         metrics = {f"train_{name}": mean for name, mean in state.end_epoch().items()} | evaluated

@@ -1,7 +1,5 @@
 """The harnesses of tests/faults in their short form: a few trials of each fault; and the parts that they rest on."""
 
-import json
-import os
 import re
 import subprocess
 import sys
@@ -15,8 +13,6 @@ from data.loader.sampler import StreamSampler
 from engine.resume import suggest_batch_flags
 from utils.checkpoint.async_saver import AsyncCheckpointer
 from utils.checkpoint.io import CheckpointFolder, read_checkpoint
-from utils.distributed import heartbeat
-from utils.distributed.heartbeat import Heartbeat
 from utils.errors import UserError
 from utils.paths import REPO_ROOT
 
@@ -122,27 +118,3 @@ def test_finding_the_place_in_an_epoch_of_imagenet_takes_no_second():
     began = time.process_time()
     keys = next(iter(StreamSampler(n, 0, batch, 0, 1, start, start + 100 * batch)))
     assert len(keys) == batch and time.process_time() - began < 1.0
-
-
-def test_the_lost_are_named_by_what_two_looks_at_their_pulses_tell():
-    def beat(beats: int, left: str | None = None) -> dict:
-        return {"who": "process 7 on node", "beats": beats, "at": "engine/train_step.py:5", "left": left}
-
-    dead = heartbeat._describe([beat(3), beat(3), beat(3)], [beat(9, ""), beat(3), beat(9)])
-    assert dead.startswith("rank 1 (process 7 on node) was killed or stopped")
-    hung = heartbeat._describe([beat(3), beat(3)], [beat(9, ""), beat(9)])
-    assert hung == "rank 1 (process 7 on node) hangs at engine/train_step.py:5"
-    ended = heartbeat._describe([beat(3), beat(3)], [beat(9, ""), beat(4, "UserError: no room")])
-    assert ended == "rank 1 (process 7 on node) ended: UserError: no room"
-    assert "connection" in heartbeat._describe([beat(3), beat(3)], [beat(9, ""), beat(9, "")])
-
-
-def test_a_pulse_tells_where_its_process_stands(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
-    mine = Heartbeat(store, 0, 1)
-    beat = mine._read()[0]
-    assert f"process {os.getpid()} on " in beat["who"] and beat["at"].startswith("tests/faults/test_faults.py:")
-    mine.stop("UserError: why")
-    assert mine._read()[0]["left"] == "UserError: why" and not mine._thread.is_alive()
-    json.dumps(beat)

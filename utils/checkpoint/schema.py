@@ -17,8 +17,8 @@ _ENTRIES: dict[str, tuple[type, ...]] = {
     "state": (dict,), "class_names": (list, NoneType), "config": (str,),
 }  # fmt: skip
 _STATE: dict[str, tuple[type, ...]] = {
-    "images_seen": (int,), "best_metric": _NUMBER, "skipped": _NUMBER, "skipped_in_a_row": _NUMBER,
-    "epoch_sums": (dict,),
+    "images_seen": (int,), "best_metric": (*_NUMBER, NoneType), "best_loss": (*_NUMBER, NoneType),
+    "skipped": _NUMBER, "skipped_in_a_row": _NUMBER, "epoch_sums": (dict,),
 }  # fmt: skip
 _TRAIN_DATA: dict[str, tuple[type, ...]] = {"num_images": (int,), "dataset_digest": (str,), "global_batch_size": (int,)}
 _COUNT_LIMIT = 2**62  # counters above this would overflow a 64-bit integer in arithmetic

@@ -1,7 +1,7 @@
-"""Models split over the processes of a run (FSDP2): each keeps a part of every parameter and of what belongs to it.
+"""Models sharded over the ranks of a run (FSDP2): each rank holds a part of every parameter and of its optimizer state.
 
-A block's parameters are brought together just before they are used, and given up after. Only this file and
-`engine/setup.py` know how that is done; whoever saves or sums sees whole tensors, made by `whole` and `gathered`.
+The parameters of a block are gathered just before they are used and freed afterwards. Only this file and
+`engine/setup.py` know about sharding; saving and summing use `to_full_tensor` and `gather_full_state`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,14 +18,14 @@ from utils.distributed.process_group import DistInfo
 
 
 def mesh_of(dist_info: DistInfo) -> DeviceMesh:
-    """All processes of the run in a row."""
+    """The one-dimensional mesh of all ranks."""
     return init_device_mesh(dist_info.device.type, (dist_info.world_size,))
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
-    """Splits the parameters of `model` over the processes of `mesh`, in place, and moves the parts to their devices.
+    """Shards the parameters of `model` over `mesh`, in place, and moves each part to its device.
 
-    The parameters of each of `blocks` travel together, and those of all the rest.
+    Each of `blocks` is gathered as one unit, and all other parameters as another.
     """
     for block in blocks:
         fully_shard(block, mesh=mesh)
@@ -33,36 +33,35 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> No
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Gives an optimizer over split parameters the state dict of one over whole ones, each tensor split like its own.
+    """Loads the state dict of an unsharded optimizer into one over sharded parameters.
 
-    Every process has all of `saved`: nothing is sent.
+    Each tensor is sharded like its parameter. Every rank has all of `saved`, so nothing is sent.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def split(value: object, parameter: DTensor) -> object:
+    def shard_like(value: object, parameter: DTensor) -> object:
         if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
-            return value  # a count of steps
+            return value  # the step counter
         return distribute_tensor(
             value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
         )
 
     state = {
-        number: {name: split(value, parameters[number]) for name, value in values.items()}
+        number: {name: shard_like(value, parameters[number]) for name, value in values.items()}
         for number, values in saved["state"].items()
     }
     optimizer.load_state_dict({**saved, "state": state})
 
 
 def to_full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of which this process may have a part only, whole. A collective call if so."""
+    """Returns the full tensor of a sharded one, and any other tensor unchanged. A collective call if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_full_state(contents: object) -> object:
-    """`contents`, dicts and lists of anything, each split tensor whole and on the CPU. A collective call if any is.
+    """Returns nested dicts and lists with each sharded tensor gathered on rank 0's CPU, None on the other ranks.
 
-    Rank 0 alone gets them, the others None in their place. One tensor at a time is put together, so that a device
-    never needs room for more than the largest.
+    Gathers one tensor at a time, so a device needs room only for the largest. A collective call if any is sharded.
     """
     if isinstance(contents, DTensor):
         tensor = contents.full_tensor()
@@ -76,17 +75,17 @@ def gather_full_state(contents: object) -> object:
 
 @contextmanager
 def summon_full_params(module: nn.Module) -> Iterator[None]:
-    """Within the block every process has all parameters of `module`, so that each may use it as often as it likes.
+    """Gathers all parameters of `module` on every rank for the body. A collective call if it is sharded.
 
-    (Evaluation needs that: processes have different numbers of batches.) A collective call if it is split.
+    Evaluation needs this, because ranks have different numbers of batches.
     """
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    for part in parts:
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in sharded:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
         yield
     finally:
-        for part in parts:
+        for part in sharded:
             part.reshard()
             part.set_reshard_after_forward(True, recurse=False)

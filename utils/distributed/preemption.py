@@ -1,8 +1,9 @@
-"""Being asked to stop: a scheduler's SIGTERM or SIGUSR1 to any one process, on which all processes agree."""
+"""Stops a run at the same step on all ranks after a scheduler's SIGTERM or SIGUSR1 to any one of them."""
 
 import signal
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -12,55 +13,64 @@ Item = TypeVar("Item")
 
 
 class PreemptionHandler:
-    """Turns SIGTERM and SIGUSR1 into a question that all processes answer alike after each update.
+    """Tells all ranks at the same step whether any of them received SIGTERM or SIGUSR1.
 
-    The answers travel while the next update is computed, so asking costs no waiting; a signal is acted on one update
-    later. Between processes they go over gloo, which leaves a GPU's queue alone. Once agreed on, a stop stays so.
+    The all-reduce of the flag overlaps the next step, so asking does not wait, and a signal takes effect one step
+    later. It uses gloo, which does not touch a GPU's queue. Once the ranks agreed to stop, the answer stays True.
     """
 
     def __init__(self, timeout: int):
-        """`timeout`: seconds that a process waits for the answers of the others. A collective call."""
-        waiting = timedelta(seconds=timeout)
-        self._group = dist.new_group(backend="gloo", timeout=waiting) if dist.is_initialized() else None
-        self._asked = self._agreed = False
+        """A collective call.
+
+        Args:
+            timeout: seconds that a rank waits for the flags of the others.
+        """
+        limit = timedelta(seconds=timeout)
+        self._group = dist.new_group(backend="gloo", timeout=limit) if dist.is_initialized() else None
+        self._signalled = False  # this process received a signal
+        self._agreed = False  # all ranks know that some process did
         self._flag = torch.zeros(1, dtype=torch.int32)
-        self._answer = None
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._reduction: dist.Work | None = None
+        signals = (signal.SIGTERM, signal.SIGUSR1)
+        self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in signals}
 
-    def _note(self, number: int, frame: object) -> None:
-        self._asked = True
+    def should_stop(self, wait: bool = False) -> bool:
+        """Whether any rank received a signal before the previous call. A collective call.
 
-    def should_stop(self) -> bool:
-        """Whether some process was asked before the last call. A collective call, as often on every process."""
+        Args:
+            wait: include signals up to this call, which waits for the other ranks.
+        """
+        if wait:
+            return self.should_stop() or self.should_stop()
         if self._group is None:
-            return self._asked
-        self._hear()
+            return self._signalled
+        if self._reduction is not None:
+            self._reduction.wait()
+            self._agreed = bool(self._flag.item())
+            self._reduction = None
         if not self._agreed:
-            self._flag = torch.tensor([int(self._asked)], dtype=torch.int32)
-            self._answer = dist.all_reduce(self._flag, group=self._group, async_op=True)
+            self._flag = torch.tensor([int(self._signalled)], dtype=torch.int32)
+            self._reduction = dist.all_reduce(self._flag, group=self._group, async_op=True)
         return self._agreed
 
-    def should_stop_now(self) -> bool:
-        """Whether some process was asked by now; waits for the others. A collective call."""
-        return self.should_stop() or self.should_stop()
+    def iterate_until_stop(self, items: Iterable[Item], max_items: int) -> Iterator[Item]:
+        """Yields `items` until the ranks agree to stop. A collective call.
 
-    def iterate_until_stop(self, items: Iterable[Item], most: int) -> Iterator[Item]:
-        """`items`, cut short by a stop. Collective: `most` is the largest number of them that any process has."""
-        rest = iter(items)
-        for _ in range(most):
+        Args:
+            max_items: the largest number of items on any rank, so that all ranks ask equally often.
+        """
+        remaining = iter(items)
+        for _ in range(max_items):
             if self.should_stop():
                 return
-            for item in rest:
+            for item in remaining:
                 yield item
                 break
 
     def close(self) -> None:
-        """Gives the signals back."""
-        for number, handler in self._before.items():
+        """Restores the previous signal handlers."""
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _hear(self) -> None:
-        if self._answer is not None:
-            self._answer.wait()
-            self._agreed = bool(self._flag.item())
-            self._answer = None
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True

@@ -1,6 +1,6 @@
-"""The processes of a run: who I am, on which device, and the few collectives the project uses.
+"""The processes of a run: rank and device of this one, and the few collectives that the project uses.
 
-One process needs no process group; everything here then does nothing or returns its argument.
+A run of one process has no process group: every collective here then does nothing or returns its argument.
 """
 
 import os
@@ -18,17 +18,18 @@ import torch.distributed as dist
 from utils.distributed.heartbeat import Heartbeat
 from utils.errors import LostProcess, UserError
 
-# How a collective call says that it waited in vain, or that the other end is gone.
+# Messages of collective calls that timed out or lost their peer.
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe", re.IGNORECASE)
 
-# NCCL ends a process that waited too long without another word. Gloo, which agrees on stopping after each update,
-# raises an error that can be explained: it is given the time to.
-_GLOO_FIRST = timedelta(minutes=1)
+# NCCL aborts a process that timed out without an error that could be explained. Gloo, used for the stop flag after each
+# step, raises one: NCCL's timeout is longer by this much, so that gloo's comes first.
+_NCCL_EXTRA_TIMEOUT = timedelta(minutes=1)
+_POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
 class DistInfo:
-    """This process among those of the run, as torchrun numbered them."""
+    """Rank, world size and device of this process, as set by torchrun."""
 
     rank: int
     world_size: int
@@ -55,45 +56,53 @@ def process_group(timeout: int) -> Iterator[DistInfo]:
 
     Raises:
         UserError: more processes on this machine than it has GPUs.
-        LostProcess: another process was killed, or did not come within `timeout`; the message names it.
+        LostProcess: another process was killed, or did not join within `timeout`; the message names it.
     """
-    rank, world_size, local_rank, local_world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
-    if torch.cuda.is_available():
-        if local_world_size > torch.cuda.device_count():
-            raise UserError(
-                f"torchrun started {local_world_size} processes here, but this machine has "
-                f"{torch.cuda.device_count()} GPU(s). Start one per GPU: --nproc_per_node={torch.cuda.device_count()}"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    dist_info = DistInfo(rank, world_size, local_rank, local_world_size, device)
-    if world_size == 1:
+    dist_info = _read_environment()
+    if dist_info.world_size == 1:
         yield dist_info
         return
     heartbeat = _join(dist_info, timedelta(seconds=timeout))
-    why = "done"
+    exit_reason = "done"
     try:
         yield dist_info
         dist.destroy_process_group()
     except RuntimeError as error:
         if not _LOST.search(str(error)):
-            why = _in_short(error)
+            exit_reason = _summarize(error)
             raise
-        why = ""  # not the cause; and no word to the group any more: it could wait for the lost one
+        # This process is not the cause. The group is not destroyed, because that could wait for the lost process.
+        exit_reason = ""
         raise LostProcess(
-            f"a process of this run is lost: {heartbeat.describe_lost_ranks()}. Its own last words, if any, stand in its output. "
-            "Start again to continue from the last checkpoint (torchrun --max-restarts=N does so by itself)"
+            f"a process of this run is lost: {heartbeat.describe_lost_ranks()}. Its own error, if any, is in its log. "
+            "Start again to continue from the last checkpoint (torchrun --max-restarts=N does so automatically)"
         ) from error
     except BaseException as error:
-        why = _in_short(error)
+        exit_reason = _summarize(error)
         raise
     finally:
-        heartbeat.stop(why)
+        heartbeat.stop(exit_reason)
+
+
+def _read_environment() -> DistInfo:
+    """Reads torchrun's environment variables and selects the device."""
+    rank, world_size, local_rank, local_world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        num_gpus = torch.cuda.device_count()
+        if local_world_size > num_gpus:
+            raise UserError(
+                f"torchrun started {local_world_size} processes here, but this machine has {num_gpus} GPU(s). "
+                f"Start one per GPU: --nproc_per_node={num_gpus}"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    return DistInfo(
+        rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size, device=device
+    )
 
 
 def _join(dist_info: DistInfo, timeout: timedelta) -> Heartbeat:
@@ -107,79 +116,83 @@ def _join(dist_info: DistInfo, timeout: timedelta) -> Heartbeat:
             store=store,
             rank=dist_info.rank,
             world_size=dist_info.world_size,
-            timeout=timeout + _GLOO_FIRST if cuda else timeout,
+            timeout=timeout + _NCCL_EXTRA_TIMEOUT if cuda else timeout,
             device_id=dist_info.device if cuda else None,
         )
     except (dist.DistError, TimeoutError) as error:
         raise LostProcess(
-            f"not all {dist_info.world_size} processes came together within {timeout.total_seconds():.0f} s (TIMEOUT): "
-            f"{_in_short(error)}. Start all of them, with the same address in MASTER_ADDR and MASTER_PORT"
+            f"not all {dist_info.world_size} processes joined within {timeout.total_seconds():.0f} s (TIMEOUT): "
+            f"{_summarize(error)}. Start all of them, with the same address in MASTER_ADDR and MASTER_PORT"
         ) from error
     return heartbeat
 
 
 def _unique_store_prefix(store: dist.Store, dist_info: DistInfo, timeout: timedelta) -> dist.Store:
-    """A part of `store` that holds nothing yet, the same one on all processes.
+    """Returns a part of `store` that is empty and the same on all ranks.
 
-    torchrun keeps one store for all its restarts, in which processes would find the addresses of those before them.
-    Rank 0 gives this start a name, to each process that asks: an answer counts for whoever's question it repeats.
+    torchrun keeps one store for all its restarts, in which ranks would find the addresses of earlier processes. Each
+    rank sends a nonce; rank 0 replies with that nonce and the prefix of this start, and the rank acknowledges it.
     """
-    until = time.monotonic() + timeout.total_seconds()
-    me = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout.total_seconds()
+    nonce = uuid.uuid4().hex
     others = [str(rank) for rank in range(1, dist_info.world_size)]
     store = dist.PrefixStore("start", store)
     if dist_info.rank == 0:
-        acks = [f"{rank}/heard" for rank in others]
-        while not (store.check(acks) and all(value.decode() == me for value in store.multi_get(acks))):
+        prefix = nonce
+        acks = [f"{rank}/ack" for rank in others]
+        while not (store.check(acks) and all(value.decode() == prefix for value in store.multi_get(acks))):
             for rank in others:
-                if store.check([f"{rank}/asks"]):
-                    store.set(f"{rank}/told", f"{store.get(f'{rank}/asks').decode()} {me}")
-            _sleep_until_deadline(until, "some processes did not ask")
-        return dist.PrefixStore(me, store)
-    store.set(f"{dist_info.rank}/asks", me)
+                if store.check([f"{rank}/request"]):
+                    store.set(f"{rank}/reply", f"{store.get(f'{rank}/request').decode()} {prefix}")
+            _sleep_until_deadline(deadline, "some ranks sent no request")
+        return dist.PrefixStore(prefix, store)
+    store.set(f"{dist_info.rank}/request", nonce)
     while True:
-        if store.check([f"{dist_info.rank}/told"]):
-            asked, _, name = store.get(f"{dist_info.rank}/told").decode().partition(" ")
-            if asked == me:
-                store.set(f"{dist_info.rank}/heard", name)
-                return dist.PrefixStore(name, store)
-        _sleep_until_deadline(until, "rank 0 did not answer")
+        if store.check([f"{dist_info.rank}/reply"]):
+            echo, _, prefix = store.get(f"{dist_info.rank}/reply").decode().partition(" ")
+            if echo == nonce:
+                store.set(f"{dist_info.rank}/ack", prefix)
+                return dist.PrefixStore(prefix, store)
+        _sleep_until_deadline(deadline, "rank 0 did not reply")
 
 
-def _sleep_until_deadline(until: float, otherwise: str) -> None:
-    if time.monotonic() > until:
-        raise TimeoutError(otherwise)
-    time.sleep(0.01)
+def _sleep_until_deadline(deadline: float, message: str) -> None:
+    """Sleeps for one polling interval. Raises TimeoutError with `message` after the deadline."""
+    if time.monotonic() > deadline:
+        raise TimeoutError(message)
+    time.sleep(_POLL_SECONDS)
 
 
-def _in_short(error: BaseException) -> str:
+def _summarize(error: BaseException) -> str:
+    """The type and first line of an error."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 def barrier() -> None:
+    """Waits for all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def sum_across(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` summed over all processes, in place."""
+    """Sums `tensor` over all ranks, in place, and returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast_from_main(value: object) -> object:
-    """Rank 0's `value`, a small picklable object, on every process."""
+    """Returns rank 0's `value`, a small picklable object, on every rank."""
     if not dist.is_initialized():
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 @contextmanager
 def local_rank_zero_first(dist_info: DistInfo) -> Iterator[None]:
-    """Local rank 0 runs the body alone, then the others of its machine run it: downloads and caches are made once."""
+    """Runs the body on local rank 0 first, then on the other ranks of its machine: they find its downloads cached."""
     if dist_info.local_rank != 0:
         barrier()
     try:
