@@ -20,7 +20,7 @@ from tasks.build import build_task
 from tasks.task import Task
 from utils.checkpoint.io import extract_state_dict, read_checkpoint
 from utils.checkpoint.schema import class_names_in
-from utils.compat import ddp_without_buffer_sync
+from utils.compat import ddp_without_buffer_sync, set_inductor_freezing
 from utils.distributed.fsdp import mesh_of, shard, shard_optimizer_state
 from utils.distributed.process_group import DistInfo, local_rank_zero_first
 from utils.errors import UserError
@@ -175,7 +175,7 @@ def compile_in_place(
     # Each shape is compiled separately: there are two or three, and code for any shape is slower.
     model.compile(dynamic=False, mode="reduce-overhead" if cuda_graphs else None)
     # The tracer reads this global setting and ignores the same entry of `options=`.
-    torch._inductor.config.freezing = fixed_weights and device.type == "cpu"
+    set_inductor_freezing(fixed_weights and device.type == "cpu")
     log.info("the model is compiled at its first step, which takes up to minutes; later starts find it in a cache")
     return True
 
