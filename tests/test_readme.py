@@ -82,10 +82,10 @@ def test_no_command_is_left_untested():
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "test-all"])
-def test_make_knows_its_targets(target: str):
-    shown = subprocess.run(["make", "--dry-run", target], cwd=REPO_ROOT, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    assert ("configs/demo.yaml" if target == "demo" else "pytest") in shown.stdout
+def test_make_targets(target: str):
+    result = subprocess.run(["make", "--dry-run", target], cwd=REPO_ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert ("configs/demo.yaml" if target == "demo" else "pytest") in result.stdout
 
 
 def test_model_zoo_is_recomputed():
@@ -132,7 +132,7 @@ def test_architecture_names_every_module():
 
 
 def test_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The real comparison, on a model and a time that are small."""
+    """Runs the real comparison with a small model for a short time."""
     from timm import create_model
 
     small = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
@@ -164,10 +164,10 @@ def test_curves_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture):
 
 
 @pytest.mark.slow
-def test_demo_reaches_what_it_promises(tmp_path: Path):
+def test_demo_accuracy(tmp_path: Path):
     words = [sys.executable, "main.py", "--cfg", "configs/demo.yaml", "--output", str(tmp_path)]
-    done = subprocess.run(
+    result = subprocess.run(
         [*words, "--data-path", str(tmp_path / "digits")], cwd=REPO_ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert float(re.search(r"best top-1 ([\d.]+) %", done.stdout).group(1)) >= 96.0
+    assert result.returncode == 0, result.stderr
+    assert float(re.search(r"best top-1 ([\d.]+) %", result.stdout).group(1)) >= 96.0
