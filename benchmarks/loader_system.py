@@ -197,7 +197,7 @@ def waiting(images: list[bytes], workers: int) -> Table:
         (lines,) = [path.read_text().splitlines() for path in Path(folder, "runs").rglob("metrics.jsonl")]
     for record in map(json.loads, lines):
         if record["kind"] == "train":
-            table.rows.append([record["update"], record["images_per_second"], record["data_wait"]])
+            table.rows.append([record["step"], record["images_per_second"], record["data_wait"]])
     table.notes.append("The first line holds the start of the workers.")
     return table
 

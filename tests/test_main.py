@@ -131,7 +131,7 @@ def test_one_run_from_start_to_end(job, recipe: Path):
     updates = -(-3 * TRAIN // BATCH)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     epochs = [record for record in records if record["kind"] == "epoch"]
-    assert [record["update"] for record in epochs] == [6, 11, updates]
+    assert [record["step"] for record in epochs] == [6, 11, updates]
     assert all(record["images"] == VAL for record in epochs)
     assert {"lr", "weight_decay", "grad_norm", "images_per_second", "data_wait", "memory_gib"} <= records[0].keys()
     assert [row["epoch"] for row in csv.DictReader(open(folder / "summary.csv"))] == ["1", "2", "3"]
@@ -189,7 +189,7 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Pat
     for contents in (one, other):
         contents.pop("config")  # holds the tag
     assert_same(one, other)
-    updates = [json.loads(line)["update"] for line in lines.read_text().splitlines() if '"train"' in line]
+    updates = [json.loads(line)["step"] for line in lines.read_text().splitlines() if '"train"' in line]
     assert updates == list(range(1, 10))
 
 

@@ -156,7 +156,7 @@ def test_curves_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture):
     for update in (1, 2, 3, 4):
         records.add("train", update, 10 * update, {"loss": 2.0 / update})
     records.add("epoch", 4, 40, {"epoch": 1, "val_loss": 0.7, "acc1": 60.0, "ema_acc1": 61.0})
-    (tmp_path / "starts.jsonl").write_text('{"samples": 0}\n{"samples": 20}\n')
+    (tmp_path / "starts.jsonl").write_text('{"images_seen": 0}\n{"images_seen": 20}\n')
     assert plot_run.main([str(tmp_path), str(tmp_path / "curve.png")]) == 0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert plot_run.main([str(tmp_path / "none"), "x.png"]) == 2

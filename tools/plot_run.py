@@ -34,12 +34,12 @@ def draw(folder: Path, picture: Path) -> None:
     epochs = [r for r in records if r["kind"] == "epoch" and _has_numbers(r, EPOCH) and r["epoch"]]
     if not epochs:
         raise UserError(f"{source}: no epoch is complete yet; try again later")
-    per_epoch = epochs[-1]["samples"] / epochs[-1]["epoch"]
+    per_epoch = epochs[-1]["images_seen"] / epochs[-1]["epoch"]
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     done = [r["epoch"] for r in epochs]
-    left.plot([r["samples"] / per_epoch for r in train], [r["loss"] for r in train], lw=0.8, label="training")
+    left.plot([r["images_seen"] / per_epoch for r in train], [r["loss"] for r in train], lw=0.8, label="training")
     left.plot(done, [r["val_loss"] for r in epochs], marker=".", label="validation")
     left.set(xlabel="epoch", ylabel="loss")
     right.plot(done, [r["acc1"] for r in epochs], marker=".", label="top-1")
@@ -69,7 +69,7 @@ def restarts(folder: Path) -> list[int]:
     starts = []
     for line in (folder / "starts.jsonl").read_text().splitlines() if (folder / "starts.jsonl").exists() else []:
         try:
-            starts.append(json.loads(line)["samples"])
+            starts.append(json.loads(line)["images_seen"])
         except (ValueError, KeyError, TypeError):
             continue
     return [samples for samples in starts if isinstance(samples, int) and samples > 0]

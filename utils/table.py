@@ -1,4 +1,4 @@
-"""A table of results, on the terminal, as Markdown and as CSV, with what its figures depend on written below it."""
+"""A table of results for the terminal, as Markdown and as CSV, with notes on the measurement below it."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, and how Python's `format` writes the values below it."""
+    """A column: its heading, and the format specification of its values."""
 
     name: str
     format: str = ""
@@ -28,7 +28,7 @@ class Column:
 
 @dataclass
 class Table:
-    """Rows of values under columns; None is a value that there is not. `stem` names its files."""
+    """Rows of values under columns; None is a missing value. `stem` is the name of its files without suffix."""
 
     stem: str
     title: str
@@ -37,34 +37,33 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def cells(self) -> list[list[str]]:
+        """Returns the rows as text."""
         return [[column.text(value) for column, value in zip(self.columns, row, strict=True)] for row in self.rows]
 
     def terminal(self) -> str:
-        """Columns of equal width, numbers to the right."""
-        heads, cells = [column.name for column in self.columns], self.cells()
-        widths = [max(len(row[i]) for row in [heads, *cells]) for i in range(len(heads))]
-        right = [any(isinstance(row[i], int | float) for row in self.rows) for i in range(len(heads))]
+        """Formats the table for a terminal, with numbers aligned to the right."""
+        headings, cells, right = self._headings(), self.cells(), self._right_aligned()
+        widths = [max(len(row[i]) for row in [headings, *cells]) for i in range(len(headings))]
         lines = [
             "  ".join(text.rjust(n) if r else text.ljust(n) for text, n, r in zip(row, widths, right, strict=True))
-            for row in [heads, ["-" * n for n in widths], *cells]
+            for row in [headings, ["-" * n for n in widths], *cells]
         ]
         return "\n".join([self.title, "", *(line.rstrip() for line in lines), "", *self.notes])
 
     def markdown(self) -> str:
-        heads = [column.name for column in self.columns]
-        right = [any(isinstance(row[i], int | float) for row in self.rows) for i in range(len(heads))]
+        """Formats the table as Markdown."""
         lines = [
-            "| " + " | ".join(heads) + " |",
-            "|" + "|".join(" ---: " if r else " --- " for r in right) + "|",
+            "| " + " | ".join(self._headings()) + " |",
+            "|" + "|".join(" ---: " if r else " --- " for r in self._right_aligned()) + "|",
             *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.cells()),
         ]
         return "\n".join([f"# {self.title}", "", *lines, "", *(f"- {note}" for note in self.notes), ""])
 
     def csv(self) -> str:
-        """The values as they are, not as they are shown."""
+        """Formats the table as CSV, with unrounded values."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([column.name for column in self.columns])
+        writer.writerow(self._headings())
         writer.writerows([["" if value is None else value for value in row] for row in self.rows])
         return text.getvalue()
 
@@ -76,14 +75,21 @@ class Table:
             write_text(path, text)
         return paths
 
+    def _headings(self) -> list[str]:
+        return [column.name for column in self.columns]
+
+    def _right_aligned(self) -> list[bool]:
+        """Whether each column contains numbers."""
+        return [any(isinstance(row[i], int | float) for row in self.rows) for i in range(len(self.columns))]
+
 
 def circumstances() -> list[str]:
-    """Notes on what made the figures: hardware, versions, commit, command."""
-    facts = collect_env()
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    """Returns notes for a table: hardware, versions, commit, command."""
+    env = collect_env()
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
     return [
-        f"Hardware: {facts['hardware']}.",
-        f"Versions: Python {facts['python']}, {versions}; {facts['platform']}.",
-        f"Commit: {facts['git_commit'] or 'unknown'}.",
+        f"Hardware: {env['hardware']}.",
+        f"Versions: Python {env['python']}, {versions}; {env['platform']}.",
+        f"Commit: {env['git_commit'] or 'unknown'}.",
         f"Command: `{shlex.join(['python', *sys.orig_argv[1:]])}`",
     ]

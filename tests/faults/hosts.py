@@ -140,7 +140,7 @@ class Cluster:
     def wait_for_update(self, tag: str, number: int, deadline: float) -> None:
         """Waits until the run has logged update `number`."""
         metrics = self.folder / "logs" / "tiny" / tag / "metrics.jsonl"
-        while not (metrics.exists() and f'"update": {number},' in metrics.read_text()):
+        while not (metrics.exists() and f'"step": {number},' in metrics.read_text()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"update {number} was not reached: {self.last_words(tag)}")
             time.sleep(0.05)

@@ -64,7 +64,7 @@ def _trial(
     took = max(start.ended.values()) + start.began - float(asked.read_text()) if asked.exists() else 0.0
     left = [json.loads(path.read_text()) for path in notes.glob("left*")]
     if left:  # it may have come to its end before it was asked, or while it was
-        clocks = {each["samples"] for each in left}
+        clocks = {each["images_seen"] for each in left}
         saved = last(place, tag)["state"]["images_seen"] if place.checkpoints(tag).joinpath("last.pth").exists() else 0
         if len(left) != processes or clocks != {saved}:
             return f"left at {left}, saved at {saved}", took
@@ -122,7 +122,7 @@ def _asking(moment: str, at: int, number: int, victim: int, notes: Path) -> Inje
             done = finish(self, *args)
             if not done:
                 after = None if seen["asked"] is None else seen["update"] - seen["asked"]
-                note = {"samples": self.state.samples, "updates after": after}
+                note = {"images_seen": self.state.images_seen, "updates after": after}
                 (notes / f"left{rank}").write_text(json.dumps(note))
             return done
 

@@ -213,5 +213,5 @@ def difference_of_runs(place: Place, tag: str, reference: str) -> str:
             return f"{name}{found}"
     if found := difference(records(place.folder(tag), "epoch"), records(place.folder(reference), "epoch"), "epochs"):
         return found
-    updates = [record["update"] for record in records(place.folder(tag), "train")]
+    updates = [record["step"] for record in records(place.folder(tag), "train")]
     return "" if updates == sorted(set(updates)) else f"updates in metrics.jsonl: {updates}"

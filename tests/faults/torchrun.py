@@ -82,7 +82,7 @@ def _trial(place: Place, tag: str, kind: str, draws: random.Random) -> str:
 
 def _has_made(place: Place, tag: str, updates: int) -> bool:
     try:
-        return records(place.folder(tag), "train")[-1]["update"] >= updates
+        return records(place.folder(tag), "train")[-1]["step"] >= updates
     except (OSError, ValueError, IndexError):  # nothing yet, or a line that is being written
         return False
 

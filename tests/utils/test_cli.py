@@ -69,7 +69,7 @@ def test_programs_answer_nonsense_in_words(tmp_path: Path, capsys):
     with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
         archive.writestr("a.jpg", "no image")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "epoch", "update": 1, "samples": 8}\n5\nnonsense\n')
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "epoch", "step": 1, "images_seen": 8}\n5\nnonsense\n')
     for program, words in (
         (throughput.main, ["--batch-size", "0"]),
         (throughput.main, ["--batch-size", "many"]),

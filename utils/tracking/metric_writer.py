@@ -1,7 +1,7 @@
-"""What a run leaves for people and programs to look at: `metrics.jsonl`, `summary.csv`, TensorBoard.
+"""Writes the metrics of a run to `metrics.jsonl`, `summary.csv` and TensorBoard.
 
-All of it can be taken back to an earlier moment of the clock, so that a resumed run leaves no doubled points. What
-cannot be written, on a full disk for instance, is said once and is lacking; training goes on.
+A resumed run removes the records after its checkpoint, so that no point appears twice. A failed write (of a full disk,
+for instance) is logged once; training goes on without these records.
 """
 
 import csv
@@ -21,83 +21,86 @@ from utils.tracking.tensorboard import TensorBoardFile
 
 log = logging.getLogger(__name__)
 
-_HEAD = ("kind", "update", "samples")  # of every record; the rest are figures
+_HEAD = ("kind", "step", "images_seen")  # of every record; the rest are metrics
 
 
 class MetricWriter:
     """The records of one run, written by rank 0.
 
-    Every record has `kind` (`train` or `epoch`), `update` and `samples`; the rest are figures. TensorBoard shows each
-    figure under `kind/name` over the update number.
+    Every record has `kind` (`train` or `epoch`), `step` and `images_seen`; the rest are metrics. TensorBoard shows each
+    metric as `kind/name` over the step.
     """
 
-    def __init__(self, folder: Path, tensorboard: Path, update: int, samples: int, eval_pending: bool = False):
-        """Opens the records of the run in `folder` and forgets all after `samples` images, `update` updates.
+    def __init__(self, folder: Path, tensorboard: Path, step: int, images_seen: int, eval_pending: bool = False):
+        """Opens the records of the run in `folder` and removes those after `step`.
 
-        `eval_pending`: and what is known of the epoch that is complete there, which is to be evaluated yet.
+        Args:
+            tensorboard: the folder of TensorBoard's files.
+            step, images_seen: where the run continues.
+            eval_pending: an epoch ends at `step` but is not evaluated yet: its record is removed too.
         """
         self._jsonl = folder / "metrics.jsonl"
         self._csv = folder / "summary.csv"
-        self._lacking: set[str] = set()
+        self._failing: set[str] = set()
         kept = [
             record
             for record in read_records(folder)
-            if record["samples"] < samples
-            or record["samples"] == samples
+            if record["images_seen"] < images_seen
+            or record["images_seen"] == images_seen
             and not (eval_pending and record["kind"] == "epoch")
         ]
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         self._try("metrics.jsonl", lambda: write_text(self._jsonl, lines))
         self.epochs = [record for record in kept if record["kind"] == "epoch"]
         self._write_summary()
-        # Points from `purge_step` on, written by the run that was interrupted, are hidden by TensorBoard.
+        # TensorBoard hides the points that the interrupted run wrote from `purge_step` on.
         self._events: TensorBoardFile | None = None
-        self._open_events = lambda: TensorBoardFile(
-            tensorboard, purge_step=update + (not eval_pending) if update else None
-        )
+        purge_step = step + (not eval_pending) if step else None
+        self._open_events = lambda: TensorBoardFile(tensorboard, purge_step)
         for record in kept:
-            if eval_pending and record["update"] == update:  # hidden along with the epoch's
-                figures = {name: value for name, value in record.items() if name not in _HEAD and value is not None}
-                self._add_event(_scalars("train", figures), update)
+            if eval_pending and record["step"] == step:  # hidden together with the epoch's: written again
+                metrics = {name: value for name, value in record.items() if name not in _HEAD and value is not None}
+                self._add_event(_scalars("train", metrics), step)
 
-    def add(self, kind: str, update: int, samples: int, figures: dict[str, float]) -> None:
-        """Appends a record; JSON has no NaN or infinity, so a figure that is not finite is written as null."""
-        record = {"kind": kind, "update": update, "samples": samples, **figures}
-        finite = {key: value if math.isfinite(value) else None for key, value in figures.items()}
+    def add(self, kind: str, step: int, images_seen: int, metrics: dict[str, float]) -> None:
+        """Appends a record. A metric that is not finite is written as null, because JSON has no NaN or infinity."""
+        record = {"kind": kind, "step": step, "images_seen": images_seen, **metrics}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = json.dumps(record | finite) + "\n"
         self._try("metrics.jsonl", lambda: append(self._jsonl, line.encode()))
-        self._add_event(_scalars(kind, figures), update)
+        self._add_event(_scalars(kind, metrics), step)
         if kind == "epoch":
             self.epochs.append(record)
             self._write_summary()
 
     def add_text(self, tag: str, text: str) -> None:
+        """Shows `text` in TensorBoard."""
         self._add_event(summary.text(tag, f"```\n{text}\n```"), 0)
 
-    def add_picture(self, tag: str, picture: torch.Tensor) -> None:
-        """`picture` is (3, height, width), uint8."""
-        self._add_event(summary.image(tag, picture, dataformats="CHW"), 0)
+    def add_image(self, tag: str, image: torch.Tensor) -> None:
+        """Shows `image`, (3, height, width) in uint8, in TensorBoard."""
+        self._add_event(summary.image(tag, image, dataformats="CHW"), 0)
 
-    def _add_event(self, what: Summary, step: int) -> None:
+    def _add_event(self, event: Summary, step: int) -> None:
         def write() -> None:
             if self._events is None:
                 self._events = self._open_events()
-            self._events.add(what, step)
+            self._events.add(event, step)
 
         self._try("TensorBoard", write)
 
     def _try(self, name: str, write: Callable[[], None]) -> None:
-        """Calls `write`; what it cannot write is said when that begins, and when it is over."""
+        """Calls `write`, and logs when it begins to fail and when it works again."""
         try:
             write()
         except OSError as error:
-            if name not in self._lacking:
-                log.warning("%s: not written (%s); training goes on without these records. Make room", name, error)
-            self._lacking.add(name)
+            if name not in self._failing:
+                log.warning("%s: not written (%s); training goes on without these records. Free space", name, error)
+            self._failing.add(name)
         else:
-            if name in self._lacking:
-                log.warning("%s: written again; what was to be written in between is lacking", name)
-            self._lacking.discard(name)
+            if name in self._failing:
+                log.warning("%s: written again; the records in between are missing", name)
+            self._failing.discard(name)
 
     def _write_summary(self) -> None:
         columns = ["epoch", *dict.fromkeys(key for row in self.epochs for key in row if key not in ("kind", "epoch"))]
@@ -108,13 +111,13 @@ class MetricWriter:
         self._try("summary.csv", lambda: write_text(self._csv, text.getvalue()))
 
 
-def _scalars(kind: str, figures: dict[str, float]) -> Summary:
-    each = [summary.scalar(f"{kind}/{name}", value) for name, value in figures.items()]
-    return Summary(value=[value for one in each for value in one.value])
+def _scalars(kind: str, metrics: dict[str, float]) -> Summary:
+    summaries = [summary.scalar(f"{kind}/{name}", value) for name, value in metrics.items()]
+    return Summary(value=[value for each in summaries for value in each.value])
 
 
 def read_records(folder: Path) -> list[dict]:
-    """The records of the run in `folder`. What is no record, such as a line cut short by a kill, is left out."""
+    """Returns the records of the run in `folder`, without lines that are no records, such as one cut by a kill."""
     path = folder / "metrics.jsonl"
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -122,6 +125,6 @@ def read_records(folder: Path) -> list[dict]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(record, dict) and {"kind", "update"} <= record.keys() and isinstance(record.get("samples"), int):
+        if isinstance(record, dict) and set(_HEAD) <= record.keys() and isinstance(record["images_seen"], int):
             records.append(record)
     return records

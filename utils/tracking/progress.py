@@ -1,4 +1,4 @@
-"""How far a run is and when it will be done: a bar on a terminal, plain lines elsewhere."""
+"""Shows the progress of a run and its estimated end: a bar on a terminal, plain lines elsewhere."""
 
 import logging
 import resource
@@ -14,44 +14,47 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Says how a run goes on. `total` and `done` are counted in images."""
+    """The progress of a run, counted in images."""
 
-    def __init__(self, total: int, done: int, epochs: int, epoch_samples: int):
-        self.total = total
+    def __init__(self, total_images: int, images_seen: int, epochs: int, images_per_epoch: int):
+        """`images_seen` is the number of images at which this start continues the run."""
+        self.total_images = total_images
         self.epochs = epochs
-        self.epoch_samples = epoch_samples
-        self._begun = time.time()
-        self._begun_at = done
+        self.images_per_epoch = images_per_epoch
+        self._start_time = time.time()
+        self._start_images = images_seen
         self._bar = None
         if sys.stdout.isatty():
             self._bar = tqdm(
-                total=total,
-                initial=done,
+                total=total_images,
+                initial=images_seen,
                 file=sys.stdout,
                 dynamic_ncols=True,
                 leave=False,
                 bar_format="|{bar:20}| {desc}",
             )
 
-    def say(self, done: int, figures: dict[str, float]) -> None:
-        """Shows `figures` of the last few updates, the epoch, and the wall-clock time of the end of the whole run."""
-        epoch = f"epoch {min(done / self.epoch_samples, self.epochs):.2f}/{self.epochs}"
+    def show(self, images_seen: int, metrics: dict[str, float]) -> None:
+        """Shows `metrics` of the last steps, the epoch, and the time at which the whole run will end."""
+        epoch = f"epoch {min(images_seen / self.images_per_epoch, self.epochs):.2f}/{self.epochs}"
+        end = self.estimated_end(images_seen)
         text = (
-            f"loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  grad {figures['grad_norm']:.2f}  "
-            f"{figures['images_per_second']:,.0f} img/s  data wait {figures['data_wait']:.1%}  "
-            f"{figures['memory_gib']:.1f} GiB"
+            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.2f}  "
+            f"{metrics['images_per_second']:,.0f} img/s  data wait {metrics['data_wait']:.1%}  "
+            f"{metrics['memory_gib']:.1f} GiB"
         )
         if self._bar is None:
-            log.info("%s  %s  done %s", epoch, text, self.end(done))
+            log.info("%s  %s  done %s", epoch, text, end)
         else:
-            log.info("%s  %s  done %s", epoch, text, self.end(done), extra=FILE_ONLY)
-            self._bar.set_description_str(f"{epoch}  done {self.end(done)}  {text}", refresh=False)
-            self._bar.update(done - self._bar.n)
+            log.info("%s  %s  done %s", epoch, text, end, extra=FILE_ONLY)
+            self._bar.set_description_str(f"{epoch}  done {end}  {text}", refresh=False)
+            self._bar.update(images_seen - self._bar.n)
 
-    def end(self, done: int) -> str:
-        """The wall-clock time at which the run will be over, going by its pace since it was started."""
-        pace = (time.time() - self._begun) / max(1, done - self._begun_at)  # seconds an image, evaluation included
-        return time.strftime("%a %d %b %H:%M", time.localtime(time.time() + pace * max(0, self.total - done)))
+    def estimated_end(self, images_seen: int) -> str:
+        """Returns the time at which the run will end at its average speed since this start, evaluation included."""
+        seconds_per_image = (time.time() - self._start_time) / max(1, images_seen - self._start_images)
+        end = time.time() + seconds_per_image * max(0, self.total_images - images_seen)
+        return time.strftime("%a %d %b %H:%M", time.localtime(end))
 
     def close(self) -> None:
         if self._bar is not None:
@@ -59,7 +62,7 @@ class Progress:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory of this process so far, in GiB: the GPU's where there is one, else the resident set."""
+    """Returns the peak memory of this process in GiB: of the GPU if it uses one, else its resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""The folder of one run: who may write into it, which configuration it belongs to, and under what it ran."""
+"""The folder of one run: its lock, its configuration, and the environment of each launch."""
 
 import fcntl
 import json
@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "yacs", "tensorb
 
 
 class RunDir:
-    """`<OUTPUT>/<MODEL.NAME>/<TAG>/`, written by rank 0 of one live run at a time."""
+    """`<OUTPUT>/<MODEL.NAME>/<TAG>/`, which rank 0 of one live run at a time may write."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -35,7 +35,7 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Makes the folder and holds its lock, which is free again when this process ends, however it ends.
+        """Creates the folder and locks it for the body. The system frees the lock when this process ends in any way.
 
         Raises:
             UserError: another live process holds it, or it cannot be written.
@@ -47,36 +47,38 @@ class RunDir:
             raise UserError(f"{self.path}: cannot be written ({error}). Give another folder with --output") from error
         try:
             try:
-                # A lock of this process alone (fcntl's, not flock's): the workers that it forks do not hold it on when
-                # it is killed, and network file systems have it across machines.
+                # fcntl's lock, not flock's: forked workers do not keep it when this process is killed, and it works
+                # across machines on network file systems.
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
                 raise UserError(
-                    f"{self.path}: another run is live in this folder ({holder}). Wait for it, or give this run a name "
-                    "of its own with --tag"
+                    f"{self.path}: another run is live in this folder ({holder}). Wait for it, or give this run "
+                    "another name with --tag"
                 ) from error
             try:
                 os.ftruncate(lock, 0)
                 os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             except OSError as error:
-                said = f"{self.path}: cannot be written ({error}). Make room, or give another folder with --output"
-                raise UserError(said) from error
+                raise UserError(
+                    f"{self.path}: cannot be written ({error}). Free space, or give another folder with --output"
+                ) from error
             yield
         finally:
             os.close(lock)
 
     def write_config(self, text: str) -> None:
+        """Saves the run's configuration as YAML."""
         write_text(self.config_file, text)
 
     def record_launch(self, details: dict) -> None:
-        """Adds this start to `starts.jsonl`: time, command, git commit, versions, and `details`."""
+        """Appends a line to `starts.jsonl`: time, command, git commit, versions, and `details`."""
         record = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z"), **details, **collect_env()}
         append(self.path / "starts.jsonl", (json.dumps(record) + "\n").encode())
 
 
 def collect_env() -> dict:
-    """What a figure depends on beside the configuration: command, commit, versions, hardware."""
+    """Returns what results depend on apart from the configuration: command, commit, versions, hardware."""
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "git_commit": git_commit(),
@@ -88,7 +90,7 @@ def collect_env() -> dict:
 
 
 def hardware() -> str:
-    """The GPU's name, or the CPU's with the number of threads used."""
+    """Returns the name of the GPU, or of the CPU with the number of threads in use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()
@@ -100,12 +102,13 @@ def hardware() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, with `+changes` where the working tree differs; None outside a checkout."""
-    here = REPO_ROOT
+    """Returns the commit of this code, with `+changes` if the working tree differs; None outside a git checkout."""
     try:
         commit, status = (
-            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            subprocess.run(
+                ["git", *arguments], cwd=REPO_ROOT, capture_output=True, text=True, check=True, timeout=10
+            ).stdout
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,7 +1,7 @@
-"""TensorBoard's event files, written at once and by the thread that asks: an error is raised where it happens.
+"""Writes TensorBoard's event files synchronously, so that an error is raised where it happens.
 
-`torch.utils.tensorboard.SummaryWriter` writes from a thread of its own, which a full disk ends with a traceback, and
-whose half-written record hides all that comes after it.
+`torch.utils.tensorboard.SummaryWriter` writes from its own thread. A full disk ends that thread with a traceback, and a
+half-written record hides all records after it.
 """
 
 import io
@@ -20,12 +20,19 @@ _PREFIX = "events.out.tfevents."
 
 
 class TensorBoardFile:
-    """A new file of events in `folder`."""
+    """A new event file in `folder`."""
 
     def __init__(self, folder: Path, purge_step: int | None = None):
-        """Points of earlier files from the step `purge_step` on are hidden. Raises OSError: it cannot be written."""
+        """Creates the file.
+
+        Args:
+            purge_step: TensorBoard hides the points of earlier files from this step on.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files in the order of their names, so the newest comes last also if the clock went back.
+        # TensorBoard reads files in the order of their names: the newest must come last even if the clock went back.
         stamps = [int(path.name[len(_PREFIX) :].split(".")[0]) for path in folder.glob(f"{_PREFIX}[0-9]*.*")]
         stamp = max(int(time.time()), *(each + 1 for each in stamps), 0)
         self._path = folder / f"{_PREFIX}{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
@@ -35,7 +42,7 @@ class TensorBoardFile:
             self._append(Event(wall_time=time.time(), step=purge_step, session_log=start))
 
     def add(self, summary: Summary, step: int) -> None:
-        """Raises OSError; the file is then as it was before."""
+        """Appends `summary`. Raises OSError; the file is then unchanged."""
         self._append(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _append(self, event: Event) -> None:

@@ -1,4 +1,4 @@
-"""Turns what the loop counted into figures for the terminal, the log, `metrics.jsonl` and TensorBoard."""
+"""Turns the sums of the training loop into metrics for the terminal, the log, `metrics.jsonl` and TensorBoard."""
 
 import logging
 import time
@@ -14,49 +14,57 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class TrainLogger:
-    """Says on rank 0 how training goes. The other ranks have none.
+    """Logs the progress of training, on rank 0 only.
 
-    Figures of updates are means since the last report; images/s leave out evaluation and saving, the time at which the
-    run will end does not.
+    Metrics of steps are means since the last report. Images/s exclude evaluation and saving; the estimated end of the
+    run includes them.
     """
 
-    records: MetricWriter
+    writer: MetricWriter
     progress: Progress
     device: torch.device
-    samples: int  # the clock at the last report
-    waited: float = 0.0  # seconds spent waiting for data up to then
+    images_seen: int  # at the last report
+    wait_seconds: float = 0.0  # total time spent waiting for data, at the last report
     since: float = field(default_factory=time.perf_counter)
 
-    def updates(
-        self, update: int, samples: int, waited: float, sums: dict[str, float], settings: dict[str, float]
+    def log_steps(
+        self, step: int, images_seen: int, wait_seconds: float, sums: dict[str, float], settings: dict[str, float]
     ) -> None:
-        """`sums` of the updates since the last report; `settings` are the learning rate, weight decay and the like."""
+        """Logs the steps since the last report.
+
+        Args:
+            step: the number of steps so far.
+            wait_seconds: total time spent waiting for data.
+            sums: `steps`, `finite` (how many of them were), and the sums over these of `loss`, `grad_norm` and others.
+            settings: current values such as the learning rate.
+        """
         seconds = time.perf_counter() - self.since
         finite = sums["finite"]
-        figures = {
-            "loss": sums["loss"] / finite if finite else float("nan"),
-            "grad_norm": sums["grad_norm"] / finite if finite else float("nan"),
+        totals = {name: total for name, total in sums.items() if name not in ("steps", "finite")}
+        metrics = {
+            **{name: total / finite if finite else float("nan") for name, total in totals.items()},
             **settings,
-            "images_per_second": (samples - self.samples) / seconds,
-            "data_wait": (waited - self.waited) / seconds,
+            "images_per_second": (images_seen - self.images_seen) / seconds,
+            "data_wait": (wait_seconds - self.wait_seconds) / seconds,
             "memory_gib": memory_gib(self.device),
         }
-        self.records.add("train", update, samples, figures)
-        self.progress.say(samples, figures)
-        if finite < sums["updates"]:
-            log.warning("%d update(s) before update %d were skipped: not finite", sums["updates"] - finite, update)
-        self.resume_clock(samples, waited)
+        self.writer.add("train", step, images_seen, metrics)
+        self.progress.show(images_seen, metrics)
+        if finite < sums["steps"]:
+            log.warning("%d step(s) before step %d were skipped: not finite", sums["steps"] - finite, step)
+        self.resume_clock(images_seen, wait_seconds)
 
-    def epoch(self, epoch: int, update: int, samples: int, figures: dict[str, float]) -> None:
-        self.records.add("epoch", update, samples, {"epoch": epoch, **figures})
+    def log_epoch(self, epoch: int, step: int, images_seen: int, metrics: dict[str, float]) -> None:
+        """Logs the metrics of an epoch."""
+        self.writer.add("epoch", step, images_seen, {"epoch": epoch, **metrics})
         shown = (
-            f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in figures.items()
+            f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in metrics.items()
         )
         log.info("epoch %d: %s", epoch, "  ".join(shown))
 
-    def resume_clock(self, samples: int, waited: float) -> None:
-        """Begins a new interval of training, after a report or after something that was not training."""
-        self.samples, self.waited, self.since = samples, waited, time.perf_counter()
+    def resume_clock(self, images_seen: int, wait_seconds: float) -> None:
+        """Starts a new interval for images/s, after a report or after work other than training."""
+        self.images_seen, self.wait_seconds, self.since = images_seen, wait_seconds, time.perf_counter()
 
     def close(self) -> None:
         self.progress.close()

@@ -1,4 +1,4 @@
-"""What a run leaves to look at, before and after it was interrupted; and the folder it lies in."""
+"""utils/tracking: metrics before and after an interruption, the log file, and the lock of the run's folder."""
 
 import csv
 import json
@@ -21,22 +21,22 @@ from utils.tracking.run_dir import RunDir
 from utils.tracking.tensorboard import TensorBoardFile
 
 
-def records(folder: Path, update: int = 0) -> MetricWriter:
-    return MetricWriter(folder, folder / "tensorboard", update, samples=update * 10)
+def open_writer(folder: Path, step: int = 0) -> MetricWriter:
+    return MetricWriter(folder, folder / "tensorboard", step, images_seen=step * 10)
 
 
-def test_resumed_run_leaves_no_doubled_points(tmp_path: Path):
-    first = records(tmp_path)
-    for update in range(1, 9):
-        first.add("train", update, update * 10, {"loss": float(update)})
-        if update % 4 == 0:
-            first.add("epoch", update, update * 10, {"epoch": update // 4, "acc1": float(update)})
+def test_a_resumed_run_leaves_no_duplicate_points(tmp_path: Path):
+    first = open_writer(tmp_path)
+    for step in range(1, 9):
+        first.add("train", step, step * 10, {"loss": float(step)})
+        if step % 4 == 0:
+            first.add("epoch", step, step * 10, {"epoch": step // 4, "acc1": float(step)})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "upd')  # killed in the middle of a line
 
-    second = records(tmp_path, update=5)  # back to the checkpoint of update 5
-    for update in range(6, 9):
-        second.add("train", update, update * 10, {"loss": -float(update)})
+    second = open_writer(tmp_path, step=5)  # back to the checkpoint of step 5
+    for step in range(6, 9):
+        second.add("train", step, step * 10, {"loss": -float(step)})
     second.add("epoch", 8, 80, {"epoch": 2, "acc1": 88.0})
 
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -49,30 +49,30 @@ def test_resumed_run_leaves_no_doubled_points(tmp_path: Path):
     assert [(e.step, e.value) for e in shown.Scalars("epoch/acc1")] == [(4, 4.0), (8, 88.0)]
 
 
-def test_figures_that_are_not_finite_are_null_in_json(tmp_path: Path):
-    written = records(tmp_path)
-    written.add("train", 1, 10, {"loss": float("nan"), "lr": 0.1})
+def test_metrics_that_are_not_finite_are_null_in_json(tmp_path: Path):
+    writer = open_writer(tmp_path)
+    writer.add("train", 1, 10, {"loss": float("nan"), "lr": 0.1})
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
 
 
-def test_a_full_disk_is_said_once_and_when_it_is_over(tmp_path: Path, monkeypatch, caplog):
-    """What is written stays whole; what cannot be is lacking; nothing is raised."""
-    written = records(tmp_path)
-    written.add("train", 1, 10, {"loss": 1.0})
+def test_a_full_disk_is_reported_once_and_when_it_is_over(tmp_path: Path, monkeypatch, caplog):
+    """Records stay complete, those that cannot be written are missing, and nothing is raised."""
+    writer = open_writer(tmp_path)
+    writer.add("train", 1, 10, {"loss": 1.0})
     with monkeypatch.context() as full:
         for module in ("utils.tracking.metric_writer", "utils.tracking.tensorboard"):
             full.setattr(f"{module}.append", no_room)
         full.setattr("utils.tracking.metric_writer.write_text", no_room)
-        for update in (2, 3):
-            written.add("train", update, update * 10, {"loss": 1.0})
-        written.add("epoch", 3, 30, {"epoch": 1, "acc1": 5.0})
-    written.add("train", 4, 40, {"loss": 1.0})
-    written.add("epoch", 4, 40, {"epoch": 2, "acc1": 6.0})
-    said = [line.partition(":")[0] for line in caplog.messages if "not written" in line]
-    assert sorted(said) == ["TensorBoard", "metrics.jsonl", "summary.csv"]
+        for step in (2, 3):
+            writer.add("train", step, step * 10, {"loss": 1.0})
+        writer.add("epoch", 3, 30, {"epoch": 1, "acc1": 5.0})
+    writer.add("train", 4, 40, {"loss": 1.0})
+    writer.add("epoch", 4, 40, {"epoch": 2, "acc1": 6.0})
+    failing = [line.partition(":")[0] for line in caplog.messages if "not written" in line]
+    assert sorted(failing) == ["TensorBoard", "metrics.jsonl", "summary.csv"]
     assert sum("written again" in line for line in caplog.messages) == 3
-    updates = [json.loads(line)["update"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert updates == [1, 4, 4]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 4, 4]
     assert [row["acc1"] for row in csv.DictReader(open(tmp_path / "summary.csv"))] == ["5.0", "6.0"]
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in shown.Scalars("train/loss")] == [1, 4]
@@ -82,7 +82,7 @@ def no_room(*args):
     raise OSError(28, "No space left on device")
 
 
-def test_event_files_follow_each_other_also_when_the_clock_goes_back(tmp_path: Path, monkeypatch):
+def test_event_files_stay_in_order_when_the_clock_goes_back(tmp_path: Path, monkeypatch):
     for now in (2e9, 1e9, 1e9):
         monkeypatch.setattr("utils.tracking.tensorboard.time.time", lambda now=now: now)
         TensorBoardFile(tmp_path)
@@ -90,7 +90,7 @@ def test_event_files_follow_each_other_also_when_the_clock_goes_back(tmp_path: P
     assert stamps == ["2000000000", "2000000001", "2000000002"]
 
 
-def test_what_is_said_before_there_is_a_log_file_stands_in_it(tmp_path: Path):
+def test_the_log_file_begins_with_earlier_messages(tmp_path: Path):
     def start() -> None:
         logger.set_up(0)
         logging.getLogger("config").warning("a key has no effect")
@@ -99,14 +99,14 @@ def test_what_is_said_before_there_is_a_log_file_stands_in_it(tmp_path: Path):
 
     assert forked(start).code == 0
     lines = (tmp_path / "log.txt").read_text().splitlines()
-    said = [line.split(" ", 2)[2] for line in lines]
-    assert said == ["WARNING config: a key has no effect", "INFO modes: run folder"]
+    messages = [line.split(" ", 2)[2] for line in lines]
+    assert messages == ["WARNING config: a key has no effect", "INFO engine: run folder"]
 
 
-def test_second_live_run_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path):
+def test_run_dir_refuses_a_second_live_run_but_not_after_a_dead_one(tmp_path: Path):
     code = (
         "import sys, pathlib; from utils.tracking.run_dir import RunDir\n"
-        f"with RunDir(pathlib.Path({str(tmp_path / 'run')!r})).claim(): print('held', flush=True); sys.stdin.read()"
+        f"with RunDir(pathlib.Path({str(tmp_path / 'run')!r})).lock(): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
@@ -120,14 +120,14 @@ def test_second_live_run_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path)
             assert str(os.getpid()) in (tmp_path / "run" / "lock").read_text()
 
 
-def test_folder_that_cannot_be_made(tmp_path: Path):
+def test_run_dir_that_cannot_be_created(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written.*--output"):
         with RunDir(tmp_path / "file" / "run").lock():
             pass
 
 
-def test_every_start_is_noted(tmp_path: Path):
+def test_record_launch_appends_each_start(tmp_path: Path):
     folder = RunDir(tmp_path)
     folder.record_launch({"processes": 2})
     folder.record_launch({"processes": 4})
@@ -137,7 +137,7 @@ def test_every_start_is_noted(tmp_path: Path):
     assert os.path.basename(sys.argv[0]) in starts[0]["command"]
 
 
-def test_captions_name_what_was_mixed():
+def test_caption_of_names_the_mixed_classes():
     names = ["ant", "bee", "cow"]
     assert caption_of(torch.tensor(1), names) == "bee"
     assert caption_of(torch.tensor([0.03, 0.94, 0.03]), names) == "bee"
@@ -145,6 +145,6 @@ def test_captions_name_what_was_mixed():
     assert caption_of(torch.tensor(2), None) == "2"
 
 
-def test_grid_holds_every_image():
-    picture = captioned_grid(torch.rand(5, 3, 10, 10), ["a"] * 5, columns=2, tile=40)
-    assert picture.shape == (3, 3 * 52, 80) and picture.dtype == torch.uint8
+def test_captioned_grid_contains_every_image():
+    grid = captioned_grid(torch.rand(5, 3, 10, 10), ["a"] * 5, columns=2, tile=40)
+    assert grid.shape == (3, 3 * 52, 80) and grid.dtype == torch.uint8
