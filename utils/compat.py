@@ -5,7 +5,7 @@ The rest of the project calls these wrappers and no private function of another 
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # Re-exported, checked with torch 2.10 to 2.14: tensors without memory, a hook below autograd, the leaves of containers.
 __all__ = [
     "FakeTensorMode", "TorchDispatchMode", "copy_tensors", "cpu_has_bf16", "ddp_without_buffer_sync",
-    "set_inductor_freezing", "shut_down_workers", "torchvision_eval_preset_type", "tree_leaves",
+    "resolve_timm_resampling", "set_inductor_freezing", "shut_down_workers", "torchvision_eval_preset_type",
+    "tree_leaves",
 ]  # fmt: skip
 
 
@@ -61,3 +62,13 @@ def torchvision_eval_preset_type() -> "type[ImageClassification]":
     from torchvision.transforms._presets import ImageClassification
 
     return ImageClassification
+
+
+def resolve_timm_resampling(options: dict[str, Any]) -> None:
+    """Sets `resample` in the options of timm's affine operations; samples one if there are several, as timm does.
+
+    Checked: timm 1.0.31.
+    """
+    from timm.data import auto_augment
+
+    auto_augment._check_args_tf(options)

@@ -1,14 +1,16 @@
-"""From an encoded image to the resized crop of it, by native code: the pixels that Pillow would make, to the bit.
+"""Decodes, crops and resizes images with the native library, bit-equal to Pillow.
 
-A `Job` says which part of the image is resized to which size. JPEGs are decoded only where the job needs them. What the
-native code does not take (other formats, progressive or CMYK JPEGs, truncated or corrupt files, anything odd) Pillow
-decodes and judges.
+    image = OpenedImage(source, path)               # reads the header of a JPEG, decodes everything else
+    params = CropResizeParams(left=…, top=…, …)     # sampled by the transform, which needs image.size
+    pixels = image.crop_resize(params)              # (window height, window width, 3) uint8
+
+A JPEG is decoded only where the crop needs it. Pillow decodes, or refuses, what the native decoder does not support:
+other formats, progressive and CMYK JPEGs, truncated, corrupt and unusual files.
 """
 
 import ctypes
 import io
 import random
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -19,13 +21,13 @@ from data.codecs.tiled_jpeg import TiledJpeg
 from data.native.library import library
 from utils.compile_native import CannotBuild
 
-Source = bytes | np.ndarray | Image.Image
-OK, UNSUPPORTED, CHECK_WITH_PILLOW = range(3)  # the answers of native/image.h
+Source = bytes | np.ndarray | Image.Image  # an encoded image, (H, W, 3) uint8, or an image opened by some library
+OK, UNSUPPORTED, CHECK_WITH_PILLOW = range(3)  # status codes of native/image.h
 
 
 class CropResizeParams(ctypes.Structure):
-    """`left`, `top`, `width`, `height` of an image resized to `out_width` × `out_height`; of that the window of
-    `window_width` × `window_height` at (`window_left`, `window_top`), mirrored if `flip`. All in pixels."""
+    """The crop (`left`, `top`, `width`, `height`) is resized to `out_width` × `out_height`. The output is the window of
+    `window_width` × `window_height` at (`window_left`, `window_top`) of that, mirrored if `flip`. All in pixels."""
 
     _fields_ = [
         (name, ctypes.c_int)
@@ -35,93 +37,116 @@ class CropResizeParams(ctypes.Structure):
         )
     ]  # fmt: skip
 
+    def moved_to(self, left: int, top: int) -> "CropResizeParams":
+        """The same for an image in which the crop is at (`left`, `top`)."""
+        return CropResizeParams(left, top, *(getattr(self, name) for name, _ in self._fields_[2:]))
 
-SampleParams = Callable[[int, int], CropResizeParams]  # width and height of an image → what to make of it
 
+class OpenedImage:
+    """An image of known size. The pixels of a JPEG are decoded when `crop_resize` needs them.
 
-def decode_crop_resize(source: Source, path: str, plan: SampleParams, out: np.ndarray | None = None) -> np.ndarray:
-    """(window height, window width, 3) uint8 of `source`, an encoded image, a picture or (H, W, 3) uint8.
-
-    Args:
-        out: memory for it, used where that saves copying.
-
-    Raises:
-        BadImage: as `data.codecs.pillow_decode.decode` does; `path` is what it calls the image.
+    Attributes:
+        size: width and height, in pixels.
     """
-    job = None
-    if isinstance(source, bytes) and source.startswith(b"\xff\xd8") and has_jpeg_decoder():
-        size = _jpeg_size(source)
-        if size is not None:
-            job = plan(*size)
-            made = _from_jpeg(source, size, job, out)
-            if made is not None:
-                return made
-    pixels = source if isinstance(source, np.ndarray) else np.asarray(decode(source, path))
-    height, width, _ = pixels.shape
-    return _from_array(pixels, plan(width, height) if job is None else job, out)
+
+    def __init__(self, source: Source, path: str):
+        """Raises BadImage if the image has to be decoded as a whole and cannot be; `path` names it in the error."""
+        self._source = source
+        self._path = path
+        self._pixels: np.ndarray | None = None  # (H, W, 3) uint8, once the whole image is decoded
+        is_jpeg = isinstance(source, bytes) and source.startswith(b"\xff\xd8")
+        size = _jpeg_size(source) if is_jpeg and has_jpeg_decoder() else None
+        self._native = size is not None
+        self.size = size or self._decoded().shape[1::-1]
+
+    def crop_resize(self, params: CropResizeParams, out: np.ndarray | None = None) -> np.ndarray:
+        """Returns (window height, window width, 3) uint8.
+
+        Args:
+            out: memory for the result; used if that saves a copy.
+
+        Raises:
+            BadImage: the image cannot be decoded.
+        """
+        if self._native:
+            pixels = _crop_resize_jpeg(self._source, self.size, params, out)
+            if pixels is not None:
+                return pixels
+        return _crop_resize_array(self._decoded(), params, out)
+
+    def _decoded(self) -> np.ndarray:
+        if self._pixels is None:
+            source = self._source
+            self._pixels = source if isinstance(source, np.ndarray) else np.asarray(decode(source, self._path))
+        return self._pixels
 
 
 def _jpeg_size(source: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG that is fit for the native decoder, from its head."""
+    """Width and height of a JPEG, from its header; None if the native decoder does not support it."""
     if isinstance(source, TiledJpeg):
         return source.size
     size = (ctypes.c_int * 2)()
-    answer = library().swin_jpeg_size(source, ctypes.c_long(len(source)), size)
+    status = library().swin_jpeg_size(source, ctypes.c_long(len(source)), size)
     limit = Image.MAX_IMAGE_PIXELS
-    if answer == UNSUPPORTED or limit is not None and size[0] * size[1] > limit:
+    if status == UNSUPPORTED or limit is not None and size[0] * size[1] > limit:
         return None
-    if answer == CHECK_WITH_PILLOW:
+    if status == CHECK_WITH_PILLOW:
         try:
             Image.open(io.BytesIO(source), formats=FORMATS)
-        except Exception:  # almost any; `decode` meets it again and says what it means
+        except Exception:  # almost any type; `decode` raises it again and turns it into a BadImage
             return None
     return size[0], size[1]
 
 
-def _from_jpeg(
-    source: bytes, size: tuple[int, int], job: CropResizeParams, out: np.ndarray | None
+def _crop_resize_jpeg(
+    source: bytes, size: tuple[int, int], params: CropResizeParams, out: np.ndarray | None
 ) -> np.ndarray | None:
+    """Decodes and resizes the crop of a JPEG of `size`; None if the native decoder does not support it."""
     width, height = size
     if isinstance(source, TiledJpeg):
-        source, left, top = source.part(job.left, job.top, job.width, job.height)
-        part = (ctypes.c_int * 2)()
-        if library().swin_jpeg_size(source, ctypes.c_long(len(source)), part) != OK:
+        source, left, top = source.part(params.left, params.top, params.width, params.height)
+        part_size = (ctypes.c_int * 2)()
+        if library().swin_jpeg_size(source, ctypes.c_long(len(source)), part_size) != OK:
             return None
-        width, height = part
-        job = CropResizeParams(left, top, *(getattr(job, name) for name, _ in CropResizeParams._fields_[2:]))
-    out = np.empty((job.window_height, job.window_width, 3), np.uint8) if out is None else out
-    answer = library().swin_jpeg_resize(
-        source, ctypes.c_long(len(source)), width, height, ctypes.byref(job), ctypes.c_void_p(out.ctypes.data)
+        width, height = part_size
+        params = params.moved_to(left, top)
+    out = _output(params) if out is None else out
+    status = library().swin_jpeg_resize(
+        source, ctypes.c_long(len(source)), width, height, ctypes.byref(params), ctypes.c_void_p(out.ctypes.data)
     )
-    return out if answer == OK else None
+    return out if status == OK else None
 
 
-def _from_array(pixels: np.ndarray, job: CropResizeParams, out: np.ndarray | None) -> np.ndarray:
+def _crop_resize_array(pixels: np.ndarray, params: CropResizeParams, out: np.ndarray | None) -> np.ndarray:
     height, width, _ = pixels.shape
     pixels = np.ascontiguousarray(pixels)
-    out = np.empty((job.window_height, job.window_width, 3), np.uint8) if out is None else out
-    answer = library().swin_resize(
-        ctypes.c_void_p(pixels.ctypes.data), ctypes.c_long(3 * width), width, height, ctypes.byref(job),
+    out = _output(params) if out is None else out
+    status = library().swin_resize(
+        ctypes.c_void_p(pixels.ctypes.data), ctypes.c_long(3 * width), width, height, ctypes.byref(params),
         ctypes.c_void_p(out.ctypes.data),
     )  # fmt: skip
-    return out if answer == OK else crop_resize_with_pillow(Image.fromarray(pixels), job)
+    return out if status == OK else crop_resize_with_pillow(Image.fromarray(pixels), params)
 
 
-def crop_resize_with_pillow(picture: Image.Image, job: CropResizeParams) -> np.ndarray:
-    """The definition of right: the same by Pillow, as timm and torchvision ask it."""
-    picture = picture.crop((job.left, job.top, job.left + job.width, job.top + job.height))
-    filter = Image.Resampling.BICUBIC if job.bicubic else Image.Resampling.BILINEAR
-    picture = picture.resize((job.out_width, job.out_height), filter)
-    right, bottom = job.window_left + job.window_width, job.window_top + job.window_height
-    picture = picture.crop((job.window_left, job.window_top, right, bottom))
-    return np.asarray(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if job.flip else picture)
+def _output(params: CropResizeParams) -> np.ndarray:
+    return np.empty((params.window_height, params.window_width, 3), np.uint8)
+
+
+def crop_resize_with_pillow(image: Image.Image, params: CropResizeParams) -> np.ndarray:
+    """The reference: the same with Pillow, called as timm and torchvision call it."""
+    image = image.crop((params.left, params.top, params.left + params.width, params.top + params.height))
+    resample = Image.Resampling.BICUBIC if params.bicubic else Image.Resampling.BILINEAR
+    image = image.resize((params.out_width, params.out_height), resample)
+    right, bottom = params.window_left + params.window_width, params.window_top + params.window_height
+    image = image.crop((params.window_left, params.window_top, right, bottom))
+    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if params.flip else image)
 
 
 @cache
 def has_jpeg_decoder() -> bool:
-    """Whether there is a native library, and JPEGs decoded by it have Pillow's pixels here. Found out once.
+    """Whether the native library is available and decodes JPEGs to the pixels of Pillow. Checked once.
 
-    (Another libjpeg than the usual libjpeg-turbo, under some other Pillow, may interpolate chroma in another way.)
+    Pillow with another libjpeg than the usual libjpeg-turbo may interpolate chroma in another way.
     """
     try:
         library()
@@ -131,19 +156,19 @@ def has_jpeg_decoder() -> bool:
 
 
 def _agrees_with_pillow() -> bool:
-    """Compares a few crops of each kind of chroma subsampling, pixel by pixel."""
+    """Compares a few crops for each kind of chroma subsampling, pixel by pixel."""
     noise = np.frombuffer(random.Random(0).randbytes(12 * 15 * 3), np.uint8).reshape(12, 15, 3)
-    picture = Image.fromarray(noise).resize((151, 117), Image.Resampling.BICUBIC)
+    image = Image.fromarray(noise).resize((151, 117), Image.Resampling.BICUBIC)
     for subsampling in range(3):
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", subsampling=subsampling, quality=90)
+        image.save(buffer, "JPEG", subsampling=subsampling, quality=90)
         try:
-            whole = decode(buffer.getvalue(), "")
+            expected = decode(buffer.getvalue(), "")
         except BadImage:
             return False
         for box in ((0, 0, 151, 117), (37, 41, 60, 50), (80, 3, 71, 113)):
-            job = CropResizeParams(*box, *box[2:], 0, 0, *box[2:], 1, 0)
-            made = _from_jpeg(buffer.getvalue(), whole.size, job, None)
-            if made is None or not np.array_equal(made, crop_resize_with_pillow(whole, job)):
+            params = CropResizeParams(*box, *box[2:], 0, 0, *box[2:], bicubic=1, flip=0)
+            found = _crop_resize_jpeg(buffer.getvalue(), expected.size, params, None)
+            if found is None or not np.array_equal(found, crop_resize_with_pillow(expected, params)):
                 return False
     return True

@@ -1,7 +1,7 @@
-/* RandAugment's operations on pixels, with the results of Pillow to the bit. The affine ones are in affine.c.
+/* RandAugment's operations, bit-equal to Pillow. The affine operations are in affine.c.
 
-   Pillow blends in single precision and cuts off what follows the point; its histogram operations count in integers.
-   The loops are written so that a compiler makes vector instructions of them. */
+   Pillow blends in single precision and truncates; its histogram operations use integers. The loops are written so that
+   compilers vectorise them. */
 
 #include "augment.h"
 
@@ -10,7 +10,7 @@
 
 #define MARGIN 64
 
-void *swin_scratch(size_t bytes) {
+void *scratch_buffer(size_t bytes) {
     static _Thread_local void *buffer;
     static _Thread_local size_t size;
     if (bytes + MARGIN > size) {
@@ -21,16 +21,16 @@ void *swin_scratch(size_t bytes) {
     return buffer;
 }
 
-/* What follows the point cut off, then 0 to 255: with integers compared, of which compilers make vectors without ado. */
-static inline uint8_t clipped(float value) {
-    int whole = (int)value;
-    whole = whole < 0 ? 0 : whole;
-    return (uint8_t)(whole > 255 ? 255 : whole);
+/* Truncates, then clips to 0 … 255. Integers are compared, because compilers vectorise that without further flags. */
+static inline uint8_t clip_u8(float value) {
+    int integer = (int)value;
+    integer = integer < 0 ? 0 : integer;
+    return (uint8_t)(integer > 255 ? 255 : integer);
 }
 
-/* `alpha` of the way from `from` to `to`, as Pillow's blend. */
-static inline uint8_t blended(int from, int to, float alpha) {
-    return clipped((float)from + alpha * (float)(to - from));
+/* Interpolates from `from` to `to` by `alpha`, as Pillow's blend does. */
+static inline uint8_t blend(int from, int to, float alpha) {
+    return clip_u8((float)from + alpha * (float)(to - from));
 }
 
 static inline int luminance(const uint8_t *pixel) {
@@ -53,7 +53,7 @@ static void identity(uint8_t table[256]) {
 }
 
 static void extremes(const uint8_t *p, size_t pixels, int lowest[3], int highest[3]) {
-    enum { BLOCK = 64 }; /* pixels: long enough for vectors whose lanes always meet the same channel */
+    enum { BLOCK = 64 }; /* pixels; with this length each vector lane always sees the same channel */
     uint8_t low[3 * BLOCK], high[3 * BLOCK];
     memset(low, 255, sizeof low);
     memset(high, 0, sizeof high);
@@ -97,7 +97,7 @@ static void auto_contrast(uint8_t *p, size_t pixels) {
 }
 
 static void equalize(uint8_t *p, size_t pixels) {
-    /* Two histograms in turns: neighbours often have the same value, and would wait for each other. */
+    /* Two histograms, used alternately: neighbours often have the same value, and one counter would stall on itself. */
     uint32_t even[3][256] = {0}, odd[3][256] = {0};
     uint8_t table[3][256];
     const uint8_t *q = p;
@@ -155,17 +155,17 @@ static void solarize(uint8_t *p, size_t n, int threshold) {
 
 static void solarize_add(uint8_t *p, size_t n, int add) {
     for (size_t k = 0; k < n; k++) {
-        int more = p[k] + add;
-        uint8_t raised = more > 255 ? 255 : (uint8_t)more;
+        int sum = p[k] + add;
+        uint8_t raised = sum > 255 ? 255 : (uint8_t)sum;
         p[k] = p[k] < 128 ? raised : p[k];
     }
 }
 
 /* ------------------------------------------------------------------------------------------------ enhancement */
 
-static void towards_value(uint8_t *p, size_t n, int value, float alpha) {
+static void blend_with_value(uint8_t *p, size_t n, int value, float alpha) {
     for (size_t k = 0; k < n; k++)
-        p[k] = blended(value, p[k], alpha);
+        p[k] = blend(value, p[k], alpha);
 }
 
 static void contrast(uint8_t *p, size_t pixels, float alpha) {
@@ -177,21 +177,21 @@ static void contrast(uint8_t *p, size_t pixels, float alpha) {
             part += (uint32_t)luminance(p + 3 * i);
         sum += part;
     }
-    towards_value(p, 3 * pixels, (int)((double)sum / (double)pixels + 0.5), alpha);
+    blend_with_value(p, 3 * pixels, (int)((double)sum / (double)pixels + 0.5), alpha);
 }
 
 static void color(uint8_t *p, size_t pixels, float alpha) {
     for (size_t i = 0; i < pixels; i++) {
         int grey = luminance(p + 3 * i);
-        p[3 * i] = blended(grey, p[3 * i], alpha);
-        p[3 * i + 1] = blended(grey, p[3 * i + 1], alpha);
-        p[3 * i + 2] = blended(grey, p[3 * i + 2], alpha);
+        p[3 * i] = blend(grey, p[3 * i], alpha);
+        p[3 * i + 1] = blend(grey, p[3 * i + 1], alpha);
+        p[3 * i + 2] = blend(grey, p[3 * i + 2], alpha);
     }
 }
 
-/* The smoothed picture is (sum of the eight neighbours + 5 × the pixel) / 13, rounded; border pixels are as they were.
-   Pillow sums in floats. The exact quotient is never nearer than 1/26 to where rounding turns, so that integers give
-   the same; (s + 6) / 13 is ((s + 6) × 5042) >> 16 for s up to 13 × 255. */
+/* The smoothed image is (sum of the eight neighbours + 5 × the pixel) / 13, rounded; border pixels stay unchanged.
+   Pillow sums in floats. The exact quotient is never nearer than 1/26 to a rounding boundary, so integers give the same
+   result. (s + 6) / 13 equals ((s + 6) × 5042) >> 16 for s up to 13 × 255. */
 static void sharpness_row(const uint8_t *restrict above, const uint8_t *restrict row, const uint8_t *restrict below,
                           uint8_t *restrict out, uint16_t *restrict column, int n, float alpha) {
     for (int k = 0; k < n; k++)
@@ -199,7 +199,7 @@ static void sharpness_row(const uint8_t *restrict above, const uint8_t *restrict
     for (int k = 3; k < n - 3; k++) {
         uint16_t sum = (uint16_t)(column[k - 3] + column[k] + column[k + 3] + 4 * row[k] + 6);
         int smooth = (uint16_t)(((uint32_t)sum * 5042) >> 16);
-        out[k] = blended(smooth, row[k], alpha);
+        out[k] = blend(smooth, row[k], alpha);
     }
     for (int c = 0; c < 3; c++) {
         out[c] = row[c];
@@ -209,7 +209,7 @@ static void sharpness_row(const uint8_t *restrict above, const uint8_t *restrict
 
 static int sharpness(const uint8_t *in, uint8_t *out, int h, int w, float alpha) {
     int n = 3 * w;
-    uint16_t *column = swin_scratch(sizeof(uint16_t) * (size_t)n);
+    uint16_t *column = scratch_buffer(sizeof(uint16_t) * (size_t)n);
     if (!column)
         return -1;
     memcpy(out, in, (size_t)n);
@@ -224,15 +224,15 @@ static int sharpness(const uint8_t *in, uint8_t *out, int h, int w, float alpha)
     return 0;
 }
 
-/* ------------------------------------------------------------------------------------------------ what is called */
+/* ---------------------------------------------------------------------------------------------- exported functions */
 
-/* Applies `steps` to `image` in their order. Some work in place and some into the other buffer: the result is in
-   `image` (0 is returned) or in `other` (1). -1: no memory, and the picture is spoilt. */
-int swin_augment(uint8_t *image, uint8_t *other, int h, int w, const step *steps, int count) {
+/* Applies `ops` to `image` in order. Some operations work in place, others write to the second buffer. Returns 0 if the
+   result is in `image`, 1 if it is in `other`, and -1 when out of memory (the image is then undefined). */
+int swin_augment(uint8_t *image, uint8_t *other, int h, int w, const OpRecord *ops, int count) {
     size_t pixels = (size_t)h * w, n = 3 * pixels;
     uint8_t *p = image, *spare = other;
-    for (const step *s = steps; s < steps + count; s++) {
-        int moved = 0, failed = 0;
+    for (const OpRecord *s = ops; s < ops + count; s++) {
+        int into_spare = 0, failed = 0;
         switch ((int)s->code) {
         case AUTO_CONTRAST: auto_contrast(p, pixels); break;
         case EQUALIZE: equalize(p, pixels); break;
@@ -242,14 +242,14 @@ int swin_augment(uint8_t *image, uint8_t *other, int h, int w, const step *steps
         case SOLARIZE_ADD: solarize_add(p, n, (int)s->a[0]); break;
         case COLOR: color(p, pixels, (float)s->a[0]); break;
         case CONTRAST: contrast(p, pixels, (float)s->a[0]); break;
-        case BRIGHTNESS: towards_value(p, n, 0, (float)s->a[0]); break;
-        case SHARPNESS: failed = sharpness(p, spare, h, w, (float)s->a[0]); moved = 1; break;
-        case AFFINE: failed = swin_affine(p, spare, h, w, s); moved = 1; break;
+        case BRIGHTNESS: blend_with_value(p, n, 0, (float)s->a[0]); break;
+        case SHARPNESS: failed = sharpness(p, spare, h, w, (float)s->a[0]); into_spare = 1; break;
+        case AFFINE: failed = swin_affine(p, spare, h, w, s); into_spare = 1; break;
         default: failed = -1;
         }
         if (failed)
             return -1;
-        if (moved) {
+        if (into_spare) {
             uint8_t *swap = p;
             p = spare;
             spare = swap;
@@ -258,7 +258,7 @@ int swin_augment(uint8_t *image, uint8_t *other, int h, int w, const step *steps
     return p == other;
 }
 
-/* (h, w, 3) bytes to (3, h, w) floats: table[c][v] is what value v of channel c becomes. */
+/* Converts (h, w, 3) bytes to (3, h, w) floats; value v of channel c becomes table[256 c + v]. */
 void swin_normalise(const uint8_t *image, float *out, int h, int w, const float *table) {
     size_t pixels = (size_t)h * w;
     float *red = out, *green = out + pixels, *blue = out + 2 * pixels;

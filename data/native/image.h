@@ -1,12 +1,13 @@
-/* What the C files share. Pixels are 8 bit, R G B in that order; "RGBX" has a fourth byte that means nothing. */
+/* Shared by the C files of decoding and resizing. Pixels are 8-bit RGB; RGBX has a fourth, unused byte. */
 
 #ifndef SWIN_IMAGE_H
 #define SWIN_IMAGE_H
 
 #include <stdint.h>
 
-/* What every function answers. */
-enum { OK = 0, NOT_FOR_ME = 1, ASK_PILLOW = 2 };
+/* Status returned by the functions. UNSUPPORTED: Pillow has to decode the image, or to refuse it. CHECK_WITH_PILLOW:
+   the image can be decoded here, provided that Pillow opens it. */
+enum { OK = 0, UNSUPPORTED = 1, CHECK_WITH_PILLOW = 2 };
 
 /* A rectangle of pixels in memory. */
 typedef struct {
@@ -15,27 +16,27 @@ typedef struct {
     int pixel_bytes;       /* 3: RGB, 4: RGBX */
 } Pixels;
 
-/* What is to be made of an image: `left`, `top`, `width`, `height` of it is resized to `out_width` × `out_height`, of
-   which the window of `window_width` × `window_height` at (`window_left`, `window_top`) is wanted, mirrored if `flip`. */
+/* The crop (`left`, `top`, `width`, `height`) of an image is resized to `out_width` × `out_height`. The output is the
+   window of `window_width` × `window_height` at (`window_left`, `window_top`) of that, mirrored if `flip`. */
 typedef struct {
     int left, top, width, height;
     int out_width, out_height;
     int window_left, window_top, window_width, window_height;
     int bicubic; /* else bilinear */
     int flip;
-} Job;
+} CropResizeParams;
 
 /* How one axis is resized: output i is the sum over t < count[i] of weights[i * taps + t] * input[first[i] + t]. */
 typedef struct {
     int outputs, taps;
-    int low, high; /* inputs low … high - 1 are used at all */
+    int low, high; /* only inputs low … high - 1 are used */
     int *first, *count;
     int32_t *weights;
 } Axis;
 
-int axes_make(Axis *across, Axis *down, const Job *job);
-void axis_free(Axis *axis);
-int job_is_sound(const Job *job, int image_width, int image_height);
-int resize_window(const Job *job, const Axis *across, const Axis *down, Pixels source, uint8_t *out);
+int make_axes(Axis *across, Axis *down, const CropResizeParams *params);
+void free_axis(Axis *axis);
+int valid_params(const CropResizeParams *params, int image_width, int image_height);
+int resize_window(const CropResizeParams *params, const Axis *across, const Axis *down, Pixels source, uint8_t *out);
 
 #endif

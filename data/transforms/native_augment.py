@@ -1,18 +1,18 @@
-"""timm's augmentation policies on arrays of pixels: the reference's draws and the reference's pixels, to the bit.
+"""timm's augmentation policies on arrays of pixels, bit-equal to timm: the same random numbers and the same pixels.
 
-What is drawn is drawn by timm's own code: a copy of timm's policy object runs with operations that note down what they
-were asked to do instead of doing it. The list of steps that comes of it is then carried out by `native/augment.c`.
+timm's own code samples the random numbers: a copy of timm's policy object runs with operations that record their
+arguments instead of changing an image. `data/native/augment.c` then applies the recorded operations.
 
-    augment = NativeAugment(reference)         # timm's RandAugment, AutoAugment or AugMix, torchvision's ColorJitter
+    augment = NativeAugment(reference)       # timm's RandAugment, AutoAugment or AugMix, torchvision's ColorJitter
     pixels = augment(pixels)                 # (H, W, 3) uint8
 
-or, where many threads share the generators, in two halves: `steps = augment.draw(width, height)` one after the other,
-`augment.apply(pixels, steps)` side by side (the native part runs without Python's lock).
+The two parts can also be called separately: `ops = augment.sample(width, height)`, then `augment.apply(pixels, ops)`.
 """
 
 import copy
 import ctypes
 import math
+import random
 import struct
 from collections.abc import Callable, Sequence
 from enum import IntEnum
@@ -27,6 +27,7 @@ from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from torchvision.transforms import ColorJitter
 
 from data.native.library import library
+from utils.compat import resolve_timm_resampling
 
 
 class Operation(IntEnum):
@@ -50,10 +51,14 @@ FILTERS = {Image.Resampling.NEAREST: 0, Image.Resampling.BILINEAR: 1, Image.Resa
 
 
 class OpRecord(NamedTuple):
-    """`step` of native/augment.h, as plain numbers.
+    """One operation with its arguments: `OpRecord` of native/augment.h.
 
-    a: AFFINE: the matrix from a place (x, y) in the result to (a0 x + a1 y + a2, a3 x + a4 y + a5) in the source;
-        elsewhere the operation's argument comes first.
+    Attributes:
+        operation: the operation.
+        filter: for AFFINE, one of FILTERS.
+        fill: for AFFINE, the colour of pixels sampled outside the source.
+        a: for AFFINE, the matrix: output position (x, y) is sampled at (a0 x + a1 y + a2, a3 x + a4 y + a5);
+            for other operations the first element is the argument.
     """
 
     operation: Operation
@@ -62,191 +67,190 @@ class OpRecord(NamedTuple):
     a: tuple[float, ...] = (0.0,) * 6
 
 
-# What Pillow does where nothing here does.
-PillowStep = Callable[[Image.Image], Image.Image]
+PillowOp = Callable[[Image.Image], Image.Image]  # for operations without native code
 
 
 class OpRecorder:
-    """Stands for a picture of a size while timm's code draws, and notes down what is done to it."""
+    """Passed to timm's code in place of an image of this size; records the operations in `ops`."""
 
     def __init__(self, width: int, height: int):
         self.size = width, height
-        self.steps: list[OpRecord | PillowStep] = []
+        self.ops: list[OpRecord | PillowOp] = []
 
 
 class NativeAugment:
-    """A policy of timm's, or a colour jitter, on arrays.
+    """A policy of timm, or a colour jitter, on arrays.
 
     Attributes:
-        draws_ahead: False where there is nothing native for one of the policy's operations: then `apply` is where the
-            draws are made, all of them, and Pillow does the work.
+        recordable: False if one of the policy's operations is not known here. Then `sample` samples nothing, and
+            `apply` runs `reference` on a Pillow image, with all its random numbers.
     """
 
     def __init__(self, reference: Callable[[Image.Image], Image.Image]):
         self.reference = reference
-        self._draw = _recording(reference)
-        self.draws_ahead = self._draw is not None
+        self._record = _recording(reference)
+        self.recordable = self._record is not None
 
-    def draw(self, width: int, height: int) -> list[OpRecord | PillowStep]:
-        """Draws, as `reference` would for a picture of this size, from `random`, `numpy.random` and torch."""
-        if self._draw is None:
+    def sample(self, width: int, height: int) -> list[OpRecord | PillowOp]:
+        """Samples the operations for an image of this size from `random`, `numpy.random` and torch, as `reference`
+        does."""
+        if self._record is None:
             return [self.reference]
-        return self._draw(OpRecorder(width, height)).steps
+        return self._record(OpRecorder(width, height)).ops
 
-    def apply(self, image: np.ndarray, steps: Sequence[OpRecord | PillowStep]) -> np.ndarray:
-        """(H, W, 3) uint8 as `reference` makes it with the draws of `steps`; `image` itself may be overwritten."""
-        for native, group in groupby(steps, lambda step: isinstance(step, OpRecord)):
-            if native:
-                image = _run(image, list(group))
+    def apply(self, pixels: np.ndarray, ops: Sequence[OpRecord | PillowOp]) -> np.ndarray:
+        """Applies `ops` to (H, W, 3) uint8, which may be overwritten, and returns (H, W, 3) uint8."""
+        for is_native, group in groupby(ops, lambda op: isinstance(op, OpRecord)):
+            if is_native:
+                pixels = _apply_native(pixels, list(group))
             else:
-                picture = Image.fromarray(image)
-                for step in group:
-                    picture = step(picture)
-                image = np.array(picture)
-        return image
+                image = Image.fromarray(pixels)
+                for op in group:
+                    image = op(image)
+                pixels = np.array(image)
+        return pixels
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        return self.apply(image, self.draw(image.shape[1], image.shape[0]))
-
-
-_ROW = struct.Struct("11d")
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        return self.apply(pixels, self.sample(pixels.shape[1], pixels.shape[0]))
 
 
-def encoded(steps: Sequence[OpRecord]) -> bytes:
-    """For each step 11 doubles: operation, filter, fill (3), a (6), as native/augment.h reads them."""
-    return b"".join([_ROW.pack(step.operation, step.filter, *step.fill, *step.a) for step in steps])
+_PACKED_OP = struct.Struct("11d")
 
 
-def _run(image: np.ndarray, steps: list[OpRecord]) -> np.ndarray:
-    height, width, _ = image.shape
-    image = np.ascontiguousarray(image)
-    other = np.empty_like(image)
-    where = library().swin_augment(
-        ctypes.c_void_p(image.ctypes.data), ctypes.c_void_p(other.ctypes.data), height, width, encoded(steps),
-        len(steps),
-    )  # fmt: skip
-    if where < 0:
-        raise MemoryError(f"no memory to augment a picture of {width}×{height} pixels")
-    return other if where else image
+def pack_ops(ops: Sequence[OpRecord]) -> bytes:
+    """11 doubles for each operation: operation, filter, fill (3), a (6), as native/augment.h reads them."""
+    return b"".join([_PACKED_OP.pack(op.operation, op.filter, *op.fill, *op.a) for op in ops])
+
+
+def _apply_native(pixels: np.ndarray, ops: list[OpRecord]) -> np.ndarray:
+    height, width, _ = pixels.shape
+    pixels = np.ascontiguousarray(pixels)
+    other = np.empty_like(pixels)
+    result = library().swin_augment(
+        ctypes.c_void_p(pixels.ctypes.data), ctypes.c_void_p(other.ctypes.data), height, width, pack_ops(ops), len(ops)
+    )
+    if result < 0:
+        raise MemoryError(f"not enough memory to augment an image of {width}×{height} pixels")
+    return other if result else pixels
 
 
 class Normalise:
-    """torchvision's ToTensor and Normalize in one, to the bit."""
+    """torchvision's ToTensor and Normalize in one step, bit-equal."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         values = torch.arange(256).to(torch.float32).div(255)
         mean, std = (torch.tensor(tuple(each), dtype=torch.float32)[:, None] for each in (mean, std))
         self.table = (values - mean).div(std).contiguous()  # (3, 256)
 
-    def __call__(self, image: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
-        """(H, W, 3) uint8 → (3, H, W) float32, into `out` (contiguous) where it is given."""
-        height, width, _ = image.shape
-        image = np.ascontiguousarray(image)
+    def __call__(self, pixels: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(H, W, 3) uint8 → (3, H, W) float32, written to `out` (contiguous) if it is given."""
+        height, width, _ = pixels.shape
+        pixels = np.ascontiguousarray(pixels)
         out = torch.empty((3, height, width)) if out is None else out
         library().swin_normalise(
-            ctypes.c_void_p(image.ctypes.data), ctypes.c_void_p(out.data_ptr()), height, width,
+            ctypes.c_void_p(pixels.ctypes.data), ctypes.c_void_p(out.data_ptr()), height, width,
             ctypes.c_void_p(self.table.data_ptr()),
         )  # fmt: skip
         return out
 
 
-# ------------------------------------------------------------------------------------------------ noting down
+# ------------------------------------------------------------------------------------------------ recording
 
 
 def _recording(reference: Any) -> Callable[[OpRecorder], OpRecorder] | None:
-    """A copy of `reference` that takes notes instead of a picture; None where one of its operations is not known."""
+    """A copy of `reference` that takes an OpRecorder instead of an image; None if an operation is not known."""
     if isinstance(reference, ColorJitter):
-        return None if reference.hue is not None else lambda notes: _note_jitter(reference, notes)
+        return None if reference.hue is not None else lambda recorder: _record_jitter(reference, recorder)
     if isinstance(reference, RandAugment):
-        ops = [_recording_op(op) for op in reference.ops]
+        ops = [_with_recorder(op) for op in reference.ops]
         return _RecordingRandAugment(ops, reference.num_layers, reference.choice_weights) if all(ops) else None
     if isinstance(reference, AutoAugment):
-        policy = [[_recording_op(op) for op in ops] for ops in reference.policy]
+        policy = [[_with_recorder(op) for op in ops] for ops in reference.policy]
         return AutoAugment(policy) if all(all(ops) for ops in policy) else None
     return None
 
 
 class _RecordingRandAugment(RandAugment):
-    """timm's, but where all operations are as likely it asks numpy for their numbers, which is what `choice` does too,
-    after much ado about the list."""
+    """timm's RandAugment, with the same random numbers. If all operations are equally likely it samples their indices
+    with `randint`, as `np.random.choice` does internally, and skips that function's conversion of the list."""
 
-    def __call__(self, notes: OpRecorder) -> OpRecorder:
+    def __call__(self, recorder: OpRecorder) -> OpRecorder:
         if self.choice_weights is not None:
-            return super().__call__(notes)
+            return super().__call__(recorder)
         for i in np.random.randint(0, len(self.ops), self.num_layers):
-            notes = self.ops[i](notes)
-        return notes
+            recorder = self.ops[i](recorder)
+        return recorder
 
 
-def _recording_op(op: Any) -> AugmentOp | None:
-    note = RECORDERS.get(op.aug_fn) if type(op) is AugmentOp else None
-    if note is None:
+def _with_recorder(op: Any) -> AugmentOp | None:
+    record = RECORDERS.get(op.aug_fn) if type(op) is AugmentOp else None
+    if record is None:
         return None
-    noting = copy.copy(op)
-    noting.aug_fn = note
-    return noting
+    recording = copy.copy(op)
+    recording.aug_fn = record
+    return recording
 
 
-def _note(operation: Operation) -> Callable[..., OpRecorder]:
-    def note(notes: OpRecorder, argument: float = 0.0, **_: Any) -> OpRecorder:
-        notes.steps.append(OpRecord(operation, a=(float(argument), 0.0, 0.0, 0.0, 0.0, 0.0)))
-        return notes
+def _record_op(operation: Operation) -> Callable[..., OpRecorder]:
+    def record(recorder: OpRecorder, argument: float = 0.0, **_: Any) -> OpRecorder:
+        recorder.ops.append(OpRecord(operation, a=(float(argument), 0.0, 0.0, 0.0, 0.0, 0.0)))
+        return recorder
 
-    return note
-
-
-def _note_posterize(notes: OpRecorder, bits_to_keep: int, **_: Any) -> OpRecorder:
-    return notes if bits_to_keep >= 8 else _note(Operation.POSTERIZE)(notes, bits_to_keep)
+    return record
 
 
-def _note_solarize_add(notes: OpRecorder, add: int, thresh: int = 128, **_: Any) -> OpRecorder:
+def _record_posterize(recorder: OpRecorder, bits_to_keep: int, **_: Any) -> OpRecorder:
+    return recorder if bits_to_keep >= 8 else _record_op(Operation.POSTERIZE)(recorder, bits_to_keep)
+
+
+def _record_solarize_add(recorder: OpRecorder, add: int, thresh: int = 128, **_: Any) -> OpRecorder:
     if thresh != 128:
-        notes.steps.append(lambda picture: timm_ops.solarize_add(picture, add, thresh))
-        return notes
-    return _note(Operation.SOLARIZE_ADD)(notes, add)
+        recorder.ops.append(lambda image: timm_ops.solarize_add(image, add, thresh))
+        return recorder
+    return _record_op(Operation.SOLARIZE_ADD)(recorder, add)
 
 
-def _note_desaturate(notes: OpRecorder, factor: float, **_: Any) -> OpRecorder:
-    return _note(Operation.COLOR)(notes, min(1.0, max(0.0, 1.0 - factor)))
+def _record_desaturate(recorder: OpRecorder, factor: float, **_: Any) -> OpRecorder:
+    return _record_op(Operation.COLOR)(recorder, min(1.0, max(0.0, 1.0 - factor)))
 
 
-def _note_blur(notes: OpRecorder, factor: float, **_: Any) -> OpRecorder:
-    notes.steps.append(lambda picture: timm_ops.gaussian_blur(picture, factor))
-    return notes
+def _record_blur(recorder: OpRecorder, factor: float, **_: Any) -> OpRecorder:
+    recorder.ops.append(lambda image: timm_ops.gaussian_blur(image, factor))
+    return recorder
 
 
-def _note_random_blur(notes: OpRecorder, factor: float, **_: Any) -> OpRecorder:
-    return _note_blur(notes, timm_ops.random.uniform(0.1, 2.0 * factor))
+def _record_random_blur(recorder: OpRecorder, factor: float, **_: Any) -> OpRecorder:
+    return _record_blur(recorder, random.uniform(0.1, 2.0 * factor))
 
 
-def _note_affine(notes: OpRecorder, matrix: tuple[float, ...], resample: int, fillcolor: tuple[int, ...]) -> OpRecorder:
-    notes.steps.append(OpRecord(Operation.AFFINE, FILTERS[resample], fillcolor, tuple(map(float, matrix))))
-    return notes
+def _record_affine(recorder: OpRecorder, matrix: tuple[float, ...], resample: int, fill: tuple[int, ...]) -> OpRecorder:
+    recorder.ops.append(OpRecord(Operation.AFFINE, FILTERS[resample], fill, tuple(map(float, matrix))))
+    return recorder
 
 
-def _moving(matrix: Callable[[float, int, int], tuple[float, ...]]) -> Callable[..., OpRecorder]:
-    """`matrix(argument, width, height)` as an operation of timm's, which draws one of its ways of interpolating."""
+def _record_moving(matrix: Callable[[float, int, int], tuple[float, ...]]) -> Callable[..., OpRecorder]:
+    """Recorder of an affine operation of timm, whose matrix is `matrix(argument, width, height)`."""
 
-    def note(notes: OpRecorder, argument: float, **options: Any) -> OpRecorder:
-        a = matrix(argument, *notes.size)
-        timm_ops._check_args_tf(options)
-        return _note_affine(notes, a, options["resample"], options["fillcolor"])
+    def record(recorder: OpRecorder, argument: float, **options: Any) -> OpRecorder:
+        a = matrix(argument, *recorder.size)
+        resolve_timm_resampling(options)
+        return _record_affine(recorder, a, options["resample"], options["fillcolor"])
 
-    return note
+    return record
 
 
-def _note_rotate(notes: OpRecorder, degrees: float, **options: Any) -> OpRecorder:
-    """Pillow's Image.rotate: about the middle, with cosine and sine rounded; quarter turns are copies of pixels."""
-    timm_ops._check_args_tf(options)
-    width, height = notes.size
+def _record_rotate(recorder: OpRecorder, degrees: float, **options: Any) -> OpRecorder:
+    """Pillow's Image.rotate: about the centre, with rounded cosine and sine; quarter turns copy pixels."""
+    resolve_timm_resampling(options)
+    width, height = recorder.size
     degrees %= 360.0
     if degrees == 0:
-        return notes
-    turn = {180: (-1, 0, width, 0, -1, height)}
+        return recorder
+    quarter_turns = {180: (-1, 0, width, 0, -1, height)}
     if width == height:
-        turn |= {90: (0, -1, width, 1, 0, 0), 270: (0, 1, 0, -1, 0, height)}
-    if degrees in turn:
-        return _note_affine(notes, turn[degrees], Image.Resampling.NEAREST, options["fillcolor"])
+        quarter_turns |= {90: (0, -1, width, 1, 0, 0), 270: (0, 1, 0, -1, 0, height)}
+    if degrees in quarter_turns:
+        return _record_affine(recorder, quarter_turns[degrees], Image.Resampling.NEAREST, options["fillcolor"])
     angle = -math.radians(degrees)
     cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)
     x, y = width / 2, height / 2
@@ -254,37 +258,37 @@ def _note_rotate(notes: OpRecorder, degrees: float, **options: Any) -> OpRecorde
         cosine, sine, cosine * -x + sine * -y + 0.0 + x,
         round(-math.sin(angle), 15), cosine, round(-math.sin(angle), 15) * -x + cosine * -y + 0.0 + y,
     )  # fmt: skip
-    return _note_affine(notes, matrix, options["resample"], options["fillcolor"])
+    return _record_affine(recorder, matrix, options["resample"], options["fillcolor"])
 
 
-def _note_jitter(jitter: ColorJitter, notes: OpRecorder) -> OpRecorder:
+def _record_jitter(jitter: ColorJitter, recorder: OpRecorder) -> OpRecorder:
     order, *factors = ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, None)
     operations = (Operation.BRIGHTNESS, Operation.CONTRAST, Operation.COLOR)
-    for which in order.tolist():
-        if which < len(operations) and factors[which] is not None:
-            _note(operations[which])(notes, factors[which])
-    return notes
+    for i in order.tolist():
+        if i < len(operations) and factors[i] is not None:
+            _record_op(operations[i])(recorder, factors[i])
+    return recorder
 
 
 RECORDERS: dict[Callable[..., Any], Callable[..., OpRecorder]] = {
-    timm_ops.auto_contrast: _note(Operation.AUTO_CONTRAST),
-    timm_ops.equalize: _note(Operation.EQUALIZE),
-    timm_ops.invert: _note(Operation.INVERT),
-    timm_ops.posterize: _note_posterize,
-    timm_ops.solarize: _note(Operation.SOLARIZE),
-    timm_ops.solarize_add: _note_solarize_add,
-    timm_ops.color: _note(Operation.COLOR),
-    timm_ops.contrast: _note(Operation.CONTRAST),
-    timm_ops.brightness: _note(Operation.BRIGHTNESS),
-    timm_ops.sharpness: _note(Operation.SHARPNESS),
-    timm_ops.desaturate: _note_desaturate,
-    timm_ops.gaussian_blur: _note_blur,
-    timm_ops.gaussian_blur_rand: _note_random_blur,
-    timm_ops.rotate: _note_rotate,
-    timm_ops.shear_x: _moving(lambda factor, width, height: (1, factor, 0, 0, 1, 0)),
-    timm_ops.shear_y: _moving(lambda factor, width, height: (1, 0, 0, factor, 1, 0)),
-    timm_ops.translate_x_rel: _moving(lambda share, width, height: (1, 0, share * width, 0, 1, 0)),
-    timm_ops.translate_y_rel: _moving(lambda share, width, height: (1, 0, 0, 0, 1, share * height)),
-    timm_ops.translate_x_abs: _moving(lambda pixels, width, height: (1, 0, pixels, 0, 1, 0)),
-    timm_ops.translate_y_abs: _moving(lambda pixels, width, height: (1, 0, 0, 0, 1, pixels)),
+    timm_ops.auto_contrast: _record_op(Operation.AUTO_CONTRAST),
+    timm_ops.equalize: _record_op(Operation.EQUALIZE),
+    timm_ops.invert: _record_op(Operation.INVERT),
+    timm_ops.posterize: _record_posterize,
+    timm_ops.solarize: _record_op(Operation.SOLARIZE),
+    timm_ops.solarize_add: _record_solarize_add,
+    timm_ops.color: _record_op(Operation.COLOR),
+    timm_ops.contrast: _record_op(Operation.CONTRAST),
+    timm_ops.brightness: _record_op(Operation.BRIGHTNESS),
+    timm_ops.sharpness: _record_op(Operation.SHARPNESS),
+    timm_ops.desaturate: _record_desaturate,
+    timm_ops.gaussian_blur: _record_blur,
+    timm_ops.gaussian_blur_rand: _record_random_blur,
+    timm_ops.rotate: _record_rotate,
+    timm_ops.shear_x: _record_moving(lambda factor, width, height: (1, factor, 0, 0, 1, 0)),
+    timm_ops.shear_y: _record_moving(lambda factor, width, height: (1, 0, 0, factor, 1, 0)),
+    timm_ops.translate_x_rel: _record_moving(lambda fraction, width, height: (1, 0, fraction * width, 0, 1, 0)),
+    timm_ops.translate_y_rel: _record_moving(lambda fraction, width, height: (1, 0, 0, 0, 1, fraction * height)),
+    timm_ops.translate_x_abs: _record_moving(lambda pixels, width, height: (1, 0, pixels, 0, 1, 0)),
+    timm_ops.translate_y_abs: _record_moving(lambda pixels, width, height: (1, 0, 0, 0, 1, pixels)),
 }

@@ -1,7 +1,7 @@
-"""DATA.BACKEND fast: the transforms of `data/transforms/reference.py` and `data/transforms/eval_presets.py`, with the same draws from the same
-generators and the same pixels, by native code.
+"""DATA.BACKEND native: the transforms of reference.py and eval_presets.py in native code, bit-equal.
 
-A fast transform is made from its reference: what is recognised in it is replaced, and what is not is done as it was.
+They take the same random numbers from the same generators and give the same pixels. A native transform is built from
+its reference: known steps become native code; the others run unchanged.
 """
 
 import logging
@@ -18,43 +18,44 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms._presets import ImageClassification
 
-from data.codecs.crop_decode import CropResizeParams, Source, decode_crop_resize, has_jpeg_decoder
+from data.codecs.crop_decode import CropResizeParams, OpenedImage, Source, has_jpeg_decoder
 from data.codecs.pillow_decode import decode
 from data.native.library import HOW_TO_INSTALL, library
 from data.transforms.gpu_augment import GpuAugment, GpuAugParams
 from data.transforms.native_augment import NativeAugment, Normalise
 from data.transforms.reference import Transform
+from utils.compat import torchvision_eval_preset_type
 from utils.compile_native import CannotBuild
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# An image, what messages call it, and memory to put the result into if that saves copying it → (3, S, S) float32; for
-# the backend device (S, S, 3) uint8, and what is still to be done to it. Raises BadImage.
+# (image, its path for messages, memory for the result to save a copy) → (3, S, S) float32. With DATA.BACKEND gpu:
+# (S, S, 3) uint8, and the parameters of its augmentation. Raises BadImage.
 Prepare = Callable[[Source, str, Tensor | None], Tensor | tuple[Tensor, np.ndarray]]
 
 _FILTERS = {InterpolationMode.BICUBIC: 1, InterpolationMode.BILINEAR: 0}
 
 
-def choose(backend: str) -> str:
-    """DATA.BACKEND without auto: reference, fast or device. What is used and why is said in the log once.
+def resolve_backend(backend: str) -> str:
+    """Resolves DATA.BACKEND auto to native, or to reference if the native library cannot be built; logs that once.
 
     Raises:
-        UserError: fast or device was asked for, and the native library cannot be built.
+        UserError: `backend` is native or gpu, and the native library cannot be built.
     """
     if backend == "reference":
         return backend
-    missing = _missing()
-    if missing is None:
-        return "fast" if backend == "auto" else backend
+    reason = _library_error()
+    if reason is None:
+        return "native" if backend == "auto" else backend
     if backend != "auto":
-        advice = f"To have it, {HOW_TO_INSTALL}, or take DATA.BACKEND reference."
-        raise UserError(f"DATA.BACKEND {backend}: {missing}. {advice}")
+        raise UserError(
+            f"DATA.BACKEND {backend}: {reason}. To fix this, {HOW_TO_INSTALL}, or set DATA.BACKEND reference."
+        )
     _warn_once(
-        "DATA.BACKEND auto: images are prepared by Pillow and timm, which takes about three times as long, for the "
-        f"native library cannot be built: {missing}. To have it, {HOW_TO_INSTALL}."
+        "DATA.BACKEND auto: images are prepared by Pillow and timm, which takes about three times as long, because the "
+        f"native library cannot be built: {reason}. To fix this, {HOW_TO_INSTALL}."
     )
     return "reference"
 
@@ -65,41 +66,41 @@ def _warn_once(message: str) -> None:
 
 
 @cache
-def _missing() -> str | None:
-    """Why there is no native library, None where there is one."""
+def _library_error() -> str | None:
+    """Why the native library cannot be built; None if it can."""
     try:
         library()
     except CannotBuild as error:
         return str(error)
     if not has_jpeg_decoder():
         _warn_once(
-            "JPEGs are decoded by Pillow, as a whole, which takes longer: its libjpeg has other pixels than the native "
-            "decoder, which agrees with libjpeg-turbo."
+            "Pillow decodes all JPEGs, as a whole, which takes longer: its libjpeg gives other pixels than the native "
+            "decoder, which is equal to libjpeg-turbo."
         )
     return None
 
 
 def prepare_train(backend: str, transform: Transform) -> Prepare:
-    """How training images are prepared: by `transform`, or by what gives the same faster.
+    """The function that prepares training images: `transform` with Pillow's decoding, or its native equivalent.
 
     Raises:
-        UserError: as `choose`; or the backend is device, and something of the transform is not done on the device.
+        UserError: as `resolve_backend`; or the backend is gpu, and a part of the transform is not implemented there.
     """
-    chosen = choose(backend)
-    fast = None if chosen == "reference" else native_train(transform)
-    if fast is None:
+    resolved = resolve_backend(backend)
+    native = None if resolved == "reference" else native_train(transform)
+    if native is None:
         return PillowTransform(transform)
-    return GpuTrainTransform(fast) if chosen == "device" else fast
+    return GpuTrainTransform(native) if resolved == "gpu" else native
 
 
 def prepare_eval(backend: str, transform: Transform) -> Prepare:
-    """The same for evaluation."""
-    fast = None if choose(backend) == "reference" else native_eval(transform)
-    return PillowTransform(transform) if fast is None else fast
+    """The function that prepares evaluation images. With DATA.BACKEND gpu it is the same as with native."""
+    native = None if resolve_backend(backend) == "reference" else native_eval(transform)
+    return PillowTransform(transform) if native is None else native
 
 
 class PillowTransform:
-    """Pillow's decoding, then a transform of timm's or torchvision's."""
+    """Decoding with Pillow, then a transform of timm or torchvision."""
 
     def __init__(self, transform: Transform):
         self.transform = transform
@@ -109,10 +110,10 @@ class PillowTransform:
 
 
 class NativeTrainTransform:
-    """The training transform: random resized crop and flip in one with decoding, then augmentation on arrays."""
+    """The training transform: decodes, crops, resizes and flips in one step, then augments arrays."""
 
     def __init__(self, steps: list[Any], to_tensor: int):
-        """`steps` of the reference; `steps[to_tensor]` is ToTensor, with Normalize behind it."""
+        """`steps` are those of the reference; `steps[to_tensor]` is ToTensor, and the next one is Normalize."""
         before, normalise = steps[:to_tensor], steps[to_tensor + 1]
         self.crop: RandomResizedCropAndInterpolation | None = None
         self.flip = 0.0
@@ -120,8 +121,8 @@ class NativeTrainTransform:
             self.crop = before.pop(0)
             if before and type(before[0]) is transforms.RandomHorizontalFlip:
                 self.flip = before.pop(0).p
-        # Without that crop (at small sizes) all up to the augmentation is left to Pillow.
-        self.pillow = [before.pop(0) for step in list(before) if self.crop is None and _is_geometry(step)]
+        # Without this crop (at small sizes), Pillow does all steps before the augmentation.
+        self.pillow_steps = [before.pop(0) for step in list(before) if self.crop is None and _is_geometry(step)]
         self.augments = [NativeAugment(step) for step in before]
         self.mean, self.std = normalise.mean, normalise.std
         self.normalise = Normalise(self.mean, self.std)
@@ -139,50 +140,56 @@ class NativeTrainTransform:
     def pixels(self, source: Source, path: str, out: np.ndarray | None = None) -> np.ndarray:
         """(S, S, 3) uint8: cropped, resized and flipped, not yet augmented. Raises BadImage."""
         if self.crop is not None:
-            return decode_crop_resize(source, path, self._sample_params, out)
-        picture = decode(source, path)
-        for step in self.pillow:
-            picture = step(picture)
-        return np.array(picture)
+            opened = OpenedImage(source, path)
+            return opened.crop_resize(self._sample_params(self.crop, *opened.size), out)
+        image = decode(source, path)
+        for step in self.pillow_steps:
+            image = step(image)
+        return np.array(image)
 
-    def _sample_params(self, width: int, height: int) -> CropResizeParams:
-        crop = self.crop
+    def _sample_params(self, crop: RandomResizedCropAndInterpolation, width: int, height: int) -> CropResizeParams:
         box = crop_box(width, height, crop.scale, crop.ratio)
         mode = crop.interpolation
         mode = random.choice(mode) if isinstance(mode, tuple) else mode
         flip = self.flip > 0 and bool(torch.rand(1) < self.flip)
         height, width = crop.size
-        return CropResizeParams(*box, width, height, 0, 0, width, height, _FILTERS[mode], flip)
+        return CropResizeParams(*box, width, height, 0, 0, width, height, bicubic=_FILTERS[mode], flip=flip)
 
 
 class GpuTrainTransform:
-    """Crop, resize and flip here, as `NativeTrainTransform`; all the rest is only drawn here and done by `augment`, in batches."""
+    """Decodes, crops, resizes and flips as `NativeTrainTransform`, and samples the parameters of the other steps.
 
-    def __init__(self, fast: NativeTrainTransform):
-        """Raises UserError where one of the augmentations is not done on the device."""
-        erasing = next((step for step in fast.after if isinstance(step, RandomErasing)), None)
-        self.fast = fast
-        self.aug_params = GpuAugParams(fast.augments, erasing)
-        self.augment = GpuAugment(fast.mean, fast.std, erasing)
+    Attributes:
+        sample_params: samples the parameters for one image.
+        augment: applies them to batches.
+    """
+
+    def __init__(self, native: NativeTrainTransform):
+        """Raises UserError if one of the augmentations is not implemented in `GpuAugment`."""
+        erasing = next((step for step in native.after if isinstance(step, RandomErasing)), None)
+        self.native = native
+        self.sample_params = GpuAugParams(native.augments, erasing)
+        self.augment = GpuAugment(native.mean, native.std, erasing)
 
     def __call__(self, source: Source, path: str, out: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
-        pixels = self.fast.pixels(source, path, None if out is None else out.numpy())
+        pixels = self.native.pixels(source, path, None if out is None else out.numpy())
         height, width, _ = pixels.shape
-        return torch.from_numpy(pixels), self.aug_params(width, height)
+        return torch.from_numpy(pixels), self.sample_params(width, height)
 
 
 class NativeEvalTransform:
-    """Resize and centre crop, or resize alone, in one with decoding; then normalise."""
+    """The evaluation transform: decodes, resizes and crops the centre (or only resizes) in one step; normalises."""
 
     def __init__(self, resize: int | tuple[int, int], crop: int | None, bicubic: int, mean: Any, std: Any):
-        """`resize`: the short side, or (height, width); `crop`: side of the square cut out of the centre."""
+        """`resize`: the short side, or (height, width). `crop`: the side of the square centre crop, or None."""
         self.resize, self.crop, self.bicubic = resize, crop, bicubic
         self.normalise = Normalise(mean, std)
 
     def __call__(self, source: Source, path: str, out: Tensor | None = None) -> Tensor:
-        return self.normalise(decode_crop_resize(source, path, self._sample_params), out)
+        opened = OpenedImage(source, path)
+        return self.normalise(opened.crop_resize(self._params(*opened.size)), out)
 
-    def _sample_params(self, width: int, height: int) -> CropResizeParams:
+    def _params(self, width: int, height: int) -> CropResizeParams:
         if isinstance(self.resize, int):
             short, long = sorted((width, height))
             sides = self.resize, int(self.resize * long / short)
@@ -191,18 +198,17 @@ class NativeEvalTransform:
             out_height, out_width = self.resize
         window_width, window_height = (out_width, out_height) if self.crop is None else (self.crop, self.crop)
         left, top = round((out_width - window_width) / 2), round((out_height - window_height) / 2)
-        return CropResizeParams(
-            0, 0, width, height, out_width, out_height, left, top, window_width, window_height, self.bicubic, 0
-        )
+        window = left, top, window_width, window_height
+        return CropResizeParams(0, 0, width, height, out_width, out_height, *window, bicubic=self.bicubic, flip=0)
 
 
 def crop_box(
     width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """left, top, width, height of timm's random resized crop of an image of `width` × `height`: its draws, of `random`.
+    """Samples left, top, width and height of timm's random resized crop of an image, with timm's random numbers.
 
-    Up to ten times an area (as a share within `scale`) and a ratio of sides (within `ratio`, uniform in its logarithm)
-    are drawn; where no such crop fits, it is the largest one in the centre whose ratio is within bounds.
+    Up to ten times, samples a fraction of the area (within `scale`) and an aspect ratio (within `ratio`, uniform in its
+    logarithm). If none of the ten crops fits, returns the largest centre crop whose aspect ratio is within bounds.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -221,17 +227,17 @@ def crop_box(
 
 
 def native_train(reference: Transform) -> NativeTrainTransform | None:
-    """The fast transform with draws and pixels of `reference`; None where that is not of `train_transform`'s kind."""
+    """The native equivalent of `reference`; None if it does not have the structure of `train_transform`."""
     steps = list(getattr(reference, "transforms", ()))
-    places = [i for i, step in enumerate(steps) if isinstance(step, transforms.ToTensor)]
-    if len(places) != 1 or places[0] == 0 or len(steps) <= places[0] + 1:
+    indices = [i for i, step in enumerate(steps) if isinstance(step, transforms.ToTensor)]
+    if len(indices) != 1 or indices[0] == 0 or len(steps) <= indices[0] + 1:
         return None
-    return NativeTrainTransform(steps, places[0]) if type(steps[places[0] + 1]) is transforms.Normalize else None
+    return NativeTrainTransform(steps, indices[0]) if type(steps[indices[0] + 1]) is transforms.Normalize else None
 
 
 def native_eval(reference: Transform) -> NativeEvalTransform | None:
-    """The same for evaluation; None where nothing here is equal to the bit (resizing of tensors, other crops)."""
-    if isinstance(reference, ImageClassification):
+    """The native equivalent of `reference`; None if there is no bit-equal one (resizing of tensors, other crops)."""
+    if isinstance(reference, torchvision_eval_preset_type()):
         resize, crop, mode = reference.resize_size, reference.crop_size, reference.interpolation
         mean, std = reference.mean, reference.std
     else:
@@ -248,7 +254,7 @@ def native_eval(reference: Transform) -> NativeEvalTransform | None:
             return None
         crop = crop[0]
     shortest = resize if isinstance(resize, int) else min(resize)
-    if mode not in _FILTERS or crop is not None and crop > shortest:  # what lies beyond the image would be padded
+    if mode not in _FILTERS or (crop is not None and crop > shortest):  # a larger crop would need padding
         return None
     return NativeEvalTransform(resize, crop, _FILTERS[mode], mean, std)
 

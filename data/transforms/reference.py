@@ -1,4 +1,4 @@
-"""The original recipe's transforms: from an RGB picture to a normalised (3, S, S) float32 tensor."""
+"""The transforms of the original recipe: from an RGB image to a normalised (3, S, S) float32 tensor."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,12 +11,13 @@ from torchvision.transforms import InterpolationMode
 
 Transform = Callable[[Image.Image], Tensor]
 
-# Up to this size images are used as they are (CIFAR, digits) and cropped with a margin, not by a random share.
+# Up to this size (CIFAR, digits) images are not resized, and the random crop has a padding instead of a random area.
 SMALL = 32
 
 
 def train_transform(
     size: int,
+    *,
     hflip: float,
     color_jitter: float,
     auto_augment: str,
@@ -29,16 +30,16 @@ def train_transform(
 ) -> Transform:
     """Random resized crop (area 0.08–1, ratio 3/4–4/3), flip, RandAugment or colour jitter, normalise, random erasing.
 
-    At sizes up to 32 the first step is a random crop with a margin of 4; images of another size are brought to it
-    first. Draws come from `random`, `numpy.random` and torch's CPU generator.
+    At sizes up to 32 the first step is a random crop with a padding of 4; images of another size are resized first.
+    Random numbers come from `random`, `numpy.random` and torch's CPU generator.
 
     Args:
         hflip: probability of a horizontal flip.
-        color_jitter: 0 for none; without effect beside AutoAugment.
+        color_jitter: 0 for none; without effect if there is an AutoAugment policy.
         auto_augment: timm's policy string, or "none".
-        re_prob, re_mode, re_count: random erasing: probability, "const", "rand" or "pixel", regions.
-        interpolation: "random" draws bilinear or bicubic for each image.
-        mean, std: of the normalisation, for values of 0 to 1.
+        re_prob, re_mode, re_count: random erasing: probability; "const", "rand" or "pixel"; number of regions.
+        interpolation: "random" samples bilinear or bicubic for each image.
+        mean, std: for the normalisation of values between 0 and 1.
     """
     transform = create_transform(
         input_size=size,
@@ -54,7 +55,7 @@ def train_transform(
         std=tuple(std),
     )
     if size <= SMALL:
-        to_size = transforms.Resize(size, interpolation_mode(interpolation))  # leaves images of that size alone
+        to_size = transforms.Resize(size, interpolation_mode(interpolation))  # does not change images of that size
         transform.transforms[:1] = [to_size, transforms.RandomCrop(size, padding=4)]
     return transform
 
@@ -66,9 +67,9 @@ def eval_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> Transform:
-    """Resize to 256/224 of `size` and centre crop, or with `crop` False to `size` × `size`; then normalise.
+    """Resizes to 256/224 of `size` and crops the centre; without `crop`, resizes to `size` × `size`. Then normalises.
 
-    Up to 32 pixels there is no enlarging before the crop: an image of the right size passes unchanged.
+    At sizes up to 32, images are resized to `size` itself: an image of that size is not changed.
     """
     mode = interpolation_mode(interpolation)
     if size <= SMALL or crop:
@@ -79,10 +80,10 @@ def eval_transform(
 
 
 def original_resize(size: int) -> int:
-    """The short side to which the original recipe resizes images before it crops their centre."""
+    """The length of the short side to which the original recipe resizes images before the centre crop."""
     return size if size <= SMALL else int(256 / 224 * size)
 
 
 def interpolation_mode(interpolation: str) -> InterpolationMode:
-    """torchvision's name of it; "random", which only training knows, is bilinear here as in the original."""
+    """torchvision's interpolation mode. "random" is for training only; here it means bilinear, as in the original."""
     return InterpolationMode.BILINEAR if interpolation == "random" else InterpolationMode(interpolation)

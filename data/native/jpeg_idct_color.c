@@ -1,5 +1,6 @@
-/* From coefficients to pixels, with the whole-number arithmetic of libjpeg's accurate ("islow") way: the same results.
-   Written so that a compiler makes vectors of it: eight columns of a block at once, then its eight rows. */
+/* From coefficients to pixels: inverse DCT, chroma upsampling and conversion to RGB, with the integer arithmetic of
+   libjpeg's accurate ("islow") method, and bit-equal to it. The DCT uses vector types: it computes the eight columns of
+   a block at once, then its eight rows. */
 
 #include <string.h>
 
@@ -21,7 +22,8 @@ static inline void transpose(Eight v[8]) {
     }
     for (int i = 0; i < 8; i++) {
         int a = (i & 4) | (i & 1); /* 0 1 0 1 4 5 4 5 */
-        u[i] = i & 2 ? PICK(t[a], t[a + 2], 2, 3, 10, 11, 6, 7, 14, 15) : PICK(t[a], t[a + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        u[i] = i & 2 ? PICK(t[a], t[a + 2], 2, 3, 10, 11, 6, 7, 14, 15)
+                     : PICK(t[a], t[a + 2], 0, 1, 8, 9, 4, 5, 12, 13);
     }
     for (int i = 0; i < 4; i++) {
         v[i] = PICK(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
@@ -29,9 +31,9 @@ static inline void transpose(Eight v[8]) {
     }
 }
 
-/* The one-dimensional transform of eight columns (Loeffler, Ligtenberg and Moschytz, with 11 multiplications shared
-   out as in libjpeg), constants times 2^13, result over 2^shift, rounded. */
-static inline void transform(Eight v[8], int shift) {
+/* One-dimensional inverse DCT of eight columns: the algorithm of Loeffler, Ligtenberg and Moschytz, with 11
+   multiplications arranged as in libjpeg. Constants are scaled by 2^13; results are divided by 2^shift and rounded. */
+static inline void dct_1d(Eight v[8], int shift) {
     Eight shared = (v[2] + v[6]) * 4433;
     Eight even2 = shared - v[6] * 15137, even3 = shared + v[2] * 6270;
     Eight even0 = (v[0] + v[4]) << 13, even1 = (v[0] - v[4]) << 13;
@@ -55,7 +57,7 @@ static inline void transform(Eight v[8], int shift) {
     v[4] = (a3 - b3) >> shift;
 }
 
-/* A block's dequantised coefficients, of which those behind the `last` in zigzag order are 0, to 8 × 8 samples. */
+/* Converts a block's dequantised coefficients to 8 × 8 samples. Coefficients after `last` in zigzag order are 0. */
 void inverse_dct(int32_t *coefficients, int last, uint8_t *out, long stride) {
     if (last == 0) {
         int value = ((coefficients[0] + 4) >> 3) + 128;
@@ -66,9 +68,9 @@ void inverse_dct(int32_t *coefficients, int last, uint8_t *out, long stride) {
     }
     Eight v[8];
     memcpy(v, coefficients, sizeof v);
-    transform(v, 11);
+    dct_1d(v, 11);
     transpose(v);
-    transform(v, 18);
+    dct_1d(v, 18);
     transpose(v);
     for (int y = 0; y < 8; y++) {
         Eight row = v[y] + 128;
@@ -79,11 +81,11 @@ void inverse_dct(int32_t *coefficients, int last, uint8_t *out, long stride) {
     }
 }
 
-/* One row of chroma at full width: columns 2 from … 2 to - 1, from samples from … to - 1 of row `near` and, where chroma
-   is halved vertically, of row `far`. Pointers are to sample 0. The neighbours on
-   both sides count a quarter each; where there is none (or none was decoded), the sample itself stands for it. */
+/* Upsamples one row of chroma: columns 2 from … 2 to - 1 of the output, from samples from … to - 1 of row `near` and,
+   if chroma is halved vertically, of row `far`. Pointers are to sample 0. An output is 3/4 of the nearer sample and
+   1/4 of the next one; a neighbour that does not exist or was not decoded is replaced by the sample itself. */
 void upsample(const uint8_t *near, const uint8_t *far, int from, int to, int16_t *sums, uint8_t *out) {
-    int16_t *s = sums + 8 - from; /* s[i] is sample i */
+    int16_t *s = sums + 8 - from; /* s[i] belongs to sample i */
     for (int i = from; i < to; i++)
         s[i] = far ? 3 * near[i] + far[i] : near[i];
     s[from - 1] = s[from];

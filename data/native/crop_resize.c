@@ -1,20 +1,20 @@
-/* Antialiased bicubic and bilinear resizing of 8-bit RGB, equal to Pillow's to the last bit.
+/* Antialiased bicubic and bilinear resizing of 8-bit RGB, bit-equal to Pillow's.
 
-   As in Pillow, the weights of an output are computed in double precision, made to add up to 1 and rounded to whole
-   multiples of 2^-22; rows are resized first, rounded to 8 bits, then columns. Only what the window needs is computed.
-   Four rows are resized at once: with four bytes of four pixels beside each other, one vector holds what one weight
-   is multiplied with. */
+   As in Pillow, the weights of an output are computed in double precision, normalised to sum to 1 and rounded to
+   multiples of 2^-22. Rows are resized first and rounded to 8 bits, then columns. Only the pixels that the window needs
+   are computed. Four rows are resized at once: the bytes of one column's four pixels fill one vector, which is
+   multiplied by one weight. */
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "image.h"
-#include "lanes.h"
+#include "simd.h"
 
-#define BITS 22       /* of a weight behind the point: 32, less 8 of the pixel, less 2 for sums beyond 1 and the sign */
-#define GROUP 4       /* rows that are resized at once */
-#define LARGEST 65500 /* pixels of a side */
+#define BITS 22       /* fractional bits of a weight: 32, minus 8 for the pixel, minus 2 for overshoot and the sign */
+#define GROUP 4       /* rows resized at once */
+#define MAX_SIDE 65500 /* pixels of a side */
 
 static double bicubic_at(double x) {
     const double a = -0.5;
@@ -31,15 +31,15 @@ static double bilinear_at(double x) {
     return x < 1.0 ? 1.0 - x : 0.0;
 }
 
-void axis_free(Axis *axis) {
+void free_axis(Axis *axis) {
     free(axis->first);
     free(axis->count);
     free(axis->weights);
     memset(axis, 0, sizeof *axis);
 }
 
-/* The weights of outputs `start` … `start + wanted - 1` of `inputs` → `outputs`. */
-static int axis_make(Axis *axis, int inputs, int outputs, int start, int wanted, int bicubic) {
+/* Computes the weights of the `wanted` outputs from `start` on, when `inputs` values are resized to `outputs`. */
+static int make_axis(Axis *axis, int inputs, int outputs, int start, int wanted, int bicubic) {
     double scale = (double)inputs / outputs;
     double stretch = scale < 1.0 ? 1.0 : scale;
     double support = (bicubic ? 2.0 : 1.0) * stretch;
@@ -54,8 +54,8 @@ static int axis_make(Axis *axis, int inputs, int outputs, int start, int wanted,
     double *exact = malloc(sizeof(double) * axis->taps);
     if (!axis->first || !axis->count || !axis->weights || !exact) {
         free(exact);
-        axis_free(axis);
-        return NOT_FOR_ME;
+        free_axis(axis);
+        return UNSUPPORTED;
     }
     for (int i = 0; i < wanted; i++) {
         double center = (start + i + 0.5) * scale, sum = 0.0;
@@ -80,9 +80,9 @@ static int axis_make(Axis *axis, int inputs, int outputs, int start, int wanted,
     return OK;
 }
 
-/* Columns low … high - 1 of four rows, as [column][row][R G B X]. */
+/* Interleaves columns low … high - 1 of four rows to [column][row][R G B X]. */
 static void interleave(const uint8_t *rows[GROUP], int pixel_bytes, int low, int high, uint8_t *out) {
-    int last = pixel_bytes == 4 ? high : high - 1; /* four bytes are read where the fourth belongs to the next pixel */
+    int last = pixel_bytes == 4 ? high : high - 1; /* reads four bytes, one of the next pixel */
     for (int x = low; x < last; x++, out += 4 * GROUP)
         for (int r = 0; r < GROUP; r++)
             memcpy(out + 4 * r, rows[r] + (long)x * pixel_bytes, 4);
@@ -91,25 +91,25 @@ static void interleave(const uint8_t *rows[GROUP], int pixel_bytes, int low, int
             memcpy(out + 4 * r, rows[r] + (long)x * 3, 3);
 }
 
-/* Four interleaved rows to four of the intermediate image. */
+/* Resizes four interleaved rows to four rows of the intermediate image. */
 static void resize_rows(const Axis *axis, const uint8_t *columns, int flip, uint8_t *out, long stride) {
-    for (int at = 0; at < axis->outputs; at++) {
-        int i = flip ? axis->outputs - 1 - at : at;
+    for (int x = 0; x < axis->outputs; x++) {
+        int i = flip ? axis->outputs - 1 - x : x;
         const uint8_t *pixels = columns + (long)(axis->first[i] - axis->low) * LANES;
         const int32_t *weights = axis->weights + (long)i * axis->taps;
-        Sums sums = all(1 << (BITS - 1));
+        Sums16 sums = broadcast(1 << (BITS - 1));
         for (int t = 0; t < axis->count[i]; t++)
             sums = add_weighted(sums, pixels + (long)t * LANES, weights[t]);
         uint8_t bytes[LANES];
         store_clipped(bytes, sums, BITS);
         for (int r = 0; r < GROUP; r++) /* the fourth byte is overwritten by the next pixel */
-            memcpy(out + r * stride + 3 * at, bytes + 4 * r, 4);
+            memcpy(out + r * stride + 3 * x, bytes + 4 * r, 4);
     }
 }
 
-/* One row of the result out of the intermediate image's rows. Reads and writes in whole vectors; both have room. */
+/* Computes 4 * LANES bytes of an output row from the intermediate rows. Both must have room for that many. */
 static void resize_column_part(const uint8_t *pixels, long stride, const int32_t *weights, int count, uint8_t *out) {
-    Sums a = all(1 << (BITS - 1)), b = a, c = a, d = a;
+    Sums16 a = broadcast(1 << (BITS - 1)), b = a, c = a, d = a;
     for (int t = 0; t < count; t++, pixels += stride) {
         a = add_weighted(a, pixels, weights[t]);
         b = add_weighted(b, pixels + LANES, weights[t]);
@@ -138,64 +138,71 @@ static void resize_columns(const Axis *axis, const uint8_t *rows, long stride, i
     }
 }
 
-/* Whether the job lies in the image, and is none of the very tall ones whose columns Pillow resizes before the rows. */
-int job_is_sound(const Job *job, int image_width, int image_height) {
-    int sides[] = {job->width, job->height, job->out_width, job->out_height, job->window_width, job->window_height};
+/* Whether crop and window are inside the image and the output, and the crop is not so tall that Pillow resizes its
+   columns before its rows. */
+int valid_params(const CropResizeParams *params, int image_width, int image_height) {
+    int sides[] = {
+        params->width, params->height, params->out_width,
+        params->out_height, params->window_width, params->window_height,
+    };
     for (int i = 0; i < 6; i++)
-        if (sides[i] < 1 || sides[i] > LARGEST)
+        if (sides[i] < 1 || sides[i] > MAX_SIDE)
             return 0;
-    if (job->height > 100 * job->width)
+    if (params->height > 100 * params->width)
         return 0;
-    return job->left >= 0 && job->top >= 0 && job->width <= image_width - job->left &&
-           job->height <= image_height - job->top && job->window_left >= 0 && job->window_top >= 0 &&
-           job->window_width <= job->out_width - job->window_left &&
-           job->window_height <= job->out_height - job->window_top;
+    return params->left >= 0 && params->top >= 0 && params->width <= image_width - params->left &&
+           params->height <= image_height - params->top && params->window_left >= 0 && params->window_top >= 0 &&
+           params->window_width <= params->out_width - params->window_left &&
+           params->window_height <= params->out_height - params->window_top;
 }
 
-/* The window of `job` into `out` (window height, window width, 3). `source` is the job's rectangle; of it only the
-   columns and rows that `across` and `down` use are read. */
-int resize_window(const Job *job, const Axis *across, const Axis *down, Pixels source, uint8_t *out) {
+/* Writes the window to `out`, (window height, window width, 3). `source` is the crop; only the columns and rows that
+   `across` and `down` use are read. */
+int resize_window(const CropResizeParams *params, const Axis *across, const Axis *down, Pixels source, uint8_t *out) {
     int bytes = 3 * across->outputs, rows = down->high - down->low;
-    long stride = bytes + 4 * LANES; /* room for reading and writing in whole vectors */
+    long stride = bytes + 4 * LANES; /* with room for whole vectors at the end */
     uint8_t *columns = malloc((size_t)(across->high - across->low) * LANES);
-    uint8_t *between = malloc((size_t)(rows + GROUP) * stride);
-    if (!columns || !between) {
+    uint8_t *intermediate = malloc((size_t)(rows + GROUP) * stride);
+    if (!columns || !intermediate) {
         free(columns);
-        free(between);
-        return NOT_FOR_ME;
+        free(intermediate);
+        return UNSUPPORTED;
     }
     for (int y = 0; y < rows; y += GROUP) {
         const uint8_t *group[GROUP];
-        for (int r = 0; r < GROUP; r++) /* beyond the last row: the last again, into rows that nobody reads */
+        for (int r = 0; r < GROUP; r++) /* past the end the last row is repeated; that output is not used */
             group[r] = source.pixels + (down->low + (y + r < rows ? y + r : rows - 1)) * source.stride;
         interleave(group, source.pixel_bytes, across->low, across->high, columns);
-        resize_rows(across, columns, job->flip, between + y * stride, stride);
+        resize_rows(across, columns, params->flip, intermediate + y * stride, stride);
     }
-    resize_columns(down, between, stride, bytes, out);
+    resize_columns(down, intermediate, stride, bytes, out);
     free(columns);
-    free(between);
+    free(intermediate);
     return OK;
 }
 
-/* Both axes of a job. */
-int axes_make(Axis *across, Axis *down, const Job *job) {
-    if (axis_make(across, job->width, job->out_width, job->window_left, job->window_width, job->bicubic))
-        return NOT_FOR_ME;
-    if (axis_make(down, job->height, job->out_height, job->window_top, job->window_height, job->bicubic)) {
-        axis_free(across);
-        return NOT_FOR_ME;
+/* Computes the weights of both axes. */
+int make_axes(Axis *across, Axis *down, const CropResizeParams *params) {
+    const CropResizeParams *p = params;
+    if (make_axis(across, p->width, p->out_width, p->window_left, p->window_width, p->bicubic))
+        return UNSUPPORTED;
+    if (make_axis(down, p->height, p->out_height, p->window_top, p->window_height, p->bicubic)) {
+        free_axis(across);
+        return UNSUPPORTED;
     }
     return OK;
 }
 
-/* The same from an RGB image of `image_width` × `image_height` in memory, `stride` bytes from row to row. */
-int swin_resize(const uint8_t *pixels, long stride, int image_width, int image_height, const Job *job, uint8_t *out) {
+/* Crops and resizes an RGB image of `image_width` × `image_height` in memory, with `stride` bytes from row to row, into
+   `out`, (window height, window width, 3). */
+int swin_resize(const uint8_t *pixels, long stride, int image_width, int image_height, const CropResizeParams *params,
+                uint8_t *out) {
     Axis across, down;
-    if (!job_is_sound(job, image_width, image_height) || axes_make(&across, &down, job))
-        return NOT_FOR_ME;
-    Pixels source = {pixels + job->top * stride + 3L * job->left, stride, 3};
-    int result = resize_window(job, &across, &down, source, out);
-    axis_free(&across);
-    axis_free(&down);
+    if (!valid_params(params, image_width, image_height) || make_axes(&across, &down, params))
+        return UNSUPPORTED;
+    Pixels source = {pixels + params->top * stride + 3L * params->left, stride, 3};
+    int result = resize_window(params, &across, &down, source, out);
+    free_axis(&across);
+    free_axis(&down);
     return result;
 }
