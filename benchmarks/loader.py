@@ -68,16 +68,16 @@ def pipelines(images: list[bytes], root: Path, batch_size: int, batches: int, ro
     }
     packed = ("DATA.DATASET", "packed")
     if native:
-        training["this project, fast"] = own_train(root, "fast")
-        training["this project, device (the CPU's part)"] = own_train(root, "device")
-        evaluation["this project, fast"] = own_eval(root, "fast")
+        training["this project, native"] = own_train(root, "native")
+        training["this project, gpu (the CPU's part)"] = own_train(root, "gpu")
+        evaluation["this project, native"] = own_eval(root, "native")
     for size in PACKED:
         folder = pictures.pack(root, root.parent / f"packed{size}", size)
         gigabytes = sum(path.stat().st_size for path in (folder / "train").iterdir()) / len(images) * 1.281167e6 / 1e9
         name = f"this project, packed at {size} pixels ({gigabytes:.0f} GB for ImageNet)"
-        training[f"{name}, {'fast' if native else 'reference'}"] = own_train(folder, "auto", *packed)
+        training[f"{name}, {'native' if native else 'reference'}"] = own_train(folder, "auto", *packed)
         if native:
-            training[f"{name}, device (the CPU's part)"] = own_train(folder, "device", *packed)
+            training[f"{name}, gpu (the CPU's part)"] = own_train(folder, "gpu", *packed)
     tables = [
         _ratios("training", "Training: the full recipe", compare(training, batch_size, batches, rounds)),
         _ratios("evaluation", "Evaluation: resize 256, crop 224", compare(evaluation, batch_size, batches, rounds)),
@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace) -> list[Table]:
     tables: list[Table] = []
     with tempfile.TemporaryDirectory() as folder:
         root = pictures.write_folder(Path(folder, "images"), images)
-        best, backends = own_train(root, "auto"), ["reference", *(["fast", "device"] if native else [])]
+        best, backends = own_train(root, "auto"), ["reference", *(["native", "gpu"] if native else [])]
         parts: dict[str, Callable[[], list[Table]]] = {
             "stages": lambda: [stages(images, args.rounds, native)],
             "pipelines": lambda: pipelines(images, root, args.batch_size, args.batches, args.rounds, native),

@@ -219,9 +219,9 @@ def compare(pipelines: dict[str, Opening], batch_size: int, batches: int, rounds
 
 
 def same_evaluation(root: Path) -> tuple[int, int]:
-    """How many validation images the fast backend prepares to the very bits of the original's, of how many."""
+    """How many validation images the native backend prepares to the very bits of the original's, of how many."""
     images = ImageFolder(str(root / "val"), eval_transform(SIZE, True, "bicubic"))
-    config = own_config(root, 1, 0, "fast")
+    config = own_config(root, 1, 0, "native")
     batches = val_batches(config, build_datasets(config, PROCESS), PROCESS)
     same = sum(torch.equal(batch["image"][0], images[i][0]) for i, batch in enumerate(batches))
     return same, len(images)

@@ -20,7 +20,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 
 from benchmarks.loader_pipelines import MEAN, POLICY, SIZE, STD
-from data.codecs.crop_decode import CropResizeParams, decode_crop_resize
+from data.codecs.crop_decode import CropResizeParams, OpenedImage
 from data.codecs.pillow_decode import decode
 from data.codecs.tiled_jpeg import TiledJpeg, encode
 from data.transforms.native_transforms import NativeAugment, Normalise
@@ -157,16 +157,14 @@ def native_stages(
     policy = NativeAugment(rand_augment_transform(POLICY, options))
     normalise = Normalise(MEAN, STD)
 
-    def job(i: int) -> CropResizeParams:
+    def params(i: int) -> CropResizeParams:
         top, left, height, width = boxes[i]
-        return CropResizeParams(left, top, width, height, SIZE, SIZE, 0, 0, SIZE, SIZE, 1, 0)
+        return CropResizeParams(left, top, width, height, SIZE, SIZE, 0, 0, SIZE, SIZE, bicubic=1, flip=0)
 
     return {
-        ("decode, crop and resize", here): lambda i: decode_crop_resize(images[i], "", lambda width, height: job(i)),
-        ("decode, crop and resize", f"{here}, tiles (packed)"): lambda i: decode_crop_resize(
-            tiled[i], "", lambda w, h: job(i)
-        ),
-        ("crop and resize, bicubic", here): lambda i: decode_crop_resize(whole[i], "", lambda width, height: job(i)),
+        ("decode, crop and resize", here): lambda i: OpenedImage(images[i], "").crop_resize(params(i)),
+        ("decode, crop and resize", f"{here}, tiled"): lambda i: OpenedImage(tiled[i], "").crop_resize(params(i)),
+        ("crop and resize, bicubic", here): lambda i: OpenedImage(whole[i], "").crop_resize(params(i)),
         ("RandAugment", here): lambda i: policy(arrays[i].copy()),
         ("to tensor and normalise", here): lambda i: normalise(arrays[i]),
     }

@@ -27,7 +27,7 @@ from data.build import Data, TrainBatches, build_datasets
 from data.datasets.base import FolderImages
 from data.datasets.index import Index, Strings, cached
 from data.loader.sampler import epoch_permutation
-from data.transforms.gpu_augment import timed
+from data.transforms.gpu_augment import measure_seconds
 from data.transforms.native_transforms import prepare_train
 from data.transforms.reference import train_transform
 from engine import train_step
@@ -86,7 +86,7 @@ def memory(root: Path, batch_size: int, workers: int) -> Table:
         Column("each worker's own, MB", ".1f"), Column("all together, MB", ".1f"),
     ]  # fmt: skip
     table = Table("memory", "Memory of loader processes", columns)
-    config = own_config(root, batch_size, workers, "fast")
+    config = own_config(root, batch_size, workers, "native")
     data = build_datasets(config, PROCESS)
     small = data.train
     for repeat in (1, -(-IMAGENET // len(small))):
@@ -122,7 +122,7 @@ sys.path.insert(0, {root!r})
 from benchmarks.loader_pipelines import PROCESS, own_config
 from data.build import TrainBatches, build_datasets
 imported = time.time()
-config = own_config({data!r}, {batch_size}, {workers}, "fast")
+config = own_config({data!r}, {batch_size}, {workers}, "native")
 data = build_datasets(config, PROCESS)
 opened = time.time()
 batches = iter(TrainBatches(config, data, PROCESS, 0, 100 * {batch_size}))
@@ -226,7 +226,7 @@ def train_throughput(root: Path, backends: Sequence[str], workers: int, updates:
         kept = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in kept.items()}
         again, _ = _seconds_for_update(components, itertools.repeat(kept), updates, batch_size, lambda: 0.0)
         stream.close()
-        part = _augmentation_seconds(config, device) if backend == "device" else None
+        part = _augmentation_seconds(config, device) if backend == "gpu" else None
         table.rows.append([
             backend, batch_size / seconds, batch_size / again, max(0.0, 1 - again / seconds), waited / seconds,
             part and part * 1e3, part and part / again,
@@ -249,8 +249,8 @@ def _augmentation_seconds(config: CfgNode, device: torch.device) -> float:
     """Seconds of the device for the augmentation of one batch, by itself."""
     aug, size = config.AUG, config.DATA.IMG_SIZE
     transform = train_transform(
-        size, aug.HFLIP, aug.COLOR_JITTER, aug.AUTO_AUGMENT, aug.REPROB, aug.REMODE, aug.RECOUNT,
-        config.DATA.INTERPOLATION,
+        size, hflip=aug.HFLIP, color_jitter=aug.COLOR_JITTER, auto_augment=aug.AUTO_AUGMENT, re_prob=aug.REPROB,
+        re_mode=aug.REMODE, re_count=aug.RECOUNT, interpolation=config.DATA.INTERPOLATION,
     )  # fmt: skip
-    prepare = prepare_train("device", transform)
-    return timed(prepare.augment, prepare.aug_params, config.DATA.BATCH_SIZE, size, device)
+    prepare = prepare_train("gpu", transform)
+    return measure_seconds(prepare.augment, prepare.sample_params, config.DATA.BATCH_SIZE, size, device)

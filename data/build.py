@@ -115,15 +115,15 @@ class TrainBatches:
         aug, batch_size, inputs = config.AUG, config.DATA.BATCH_SIZE, model_inputs(config)
         transform = train_transform(
             config.DATA.IMG_SIZE,
-            aug.HFLIP,
-            aug.COLOR_JITTER,
-            aug.AUTO_AUGMENT,
-            aug.REPROB,
-            aug.REMODE,
-            aug.RECOUNT,
-            config.DATA.INTERPOLATION,
-            inputs.mean,
-            inputs.std,
+            hflip=aug.HFLIP,
+            color_jitter=aug.COLOR_JITTER,
+            auto_augment=aug.AUTO_AUGMENT,
+            re_prob=aug.REPROB,
+            re_mode=aug.REMODE,
+            re_count=aug.RECOUNT,
+            interpolation=config.DATA.INTERPOLATION,
+            mean=inputs.mean,
+            std=inputs.std,
         )
         prepare = prepare_train(config.DATA.BACKEND, transform)
         self._augment = prepare.augment if isinstance(prepare, GpuTrainTransform) else None
@@ -239,7 +239,14 @@ def _eval_preset(config: CfgNode, layout: str) -> EvalPreset:
     size, crop, interpolation = config.DATA.IMG_SIZE, config.TEST.CROP, config.DATA.INTERPOLATION
     if origin != "original" and not crop:
         log.warning("TEST.CROP False has no effect: images are prepared as by %s (see TEST.PRESET)", origin)
-    return eval_preset(origin, size, crop, interpolation, model_inputs(config), torchvision_name)
+    return eval_preset(
+        origin,
+        size,
+        crop=crop,
+        interpolation=interpolation,
+        inputs=model_inputs(config),
+        torchvision_name=torchvision_name,
+    )
 
 
 def _mixer(config: CfgNode, num_classes: int) -> Mixer | None:
@@ -250,13 +257,13 @@ def _mixer(config: CfgNode, num_classes: int) -> Mixer | None:
         config.SEED,
         config.DATA.BATCH_SIZE,
         num_classes,
-        aug.MIXUP,
-        aug.CUTMIX,
-        aug.CUTMIX_MINMAX,
-        aug.MIXUP_PROB,
-        aug.MIXUP_SWITCH_PROB,
-        aug.MIXUP_MODE,
-        config.MODEL.LABEL_SMOOTHING,
+        mixup=aug.MIXUP,
+        cutmix=aug.CUTMIX,
+        cutmix_minmax=aug.CUTMIX_MINMAX,
+        prob=aug.MIXUP_PROB,
+        switch_prob=aug.MIXUP_SWITCH_PROB,
+        mode=aug.MIXUP_MODE,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
     )
 
 

@@ -92,7 +92,7 @@ def test_training_from_files_is_compared_with_one_batch(root):
     """What a GPU is measured with, on a small model and the CPU."""
     small = ["DATA.BATCH_SIZE", 2, "MODEL.SWIN.EMBED_DIM", 12, "MODEL.SWIN.DEPTHS", [1, 1, 1, 1],
              "MODEL.SWIN.NUM_HEADS", [1, 1, 1, 1], "AMP_ENABLE", False]  # fmt: skip
-    backends = ["reference", "device"]
+    backends = ["reference", "gpu"]
     table = loader_system.train_throughput(root, backends, 1, 1, *small)
     assert [row[0] for row in table.rows] == backends
     for row in table.rows:

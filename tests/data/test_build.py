@@ -166,7 +166,7 @@ class Labels:
 
 def test_bad_image_is_replaced_by_the_next_with_its_own_label(tmp_path, monkeypatch, caplog):
     """The last two ants are bad: whenever their turn comes, the first bee comes as a bee."""
-    monkeypatch.setattr("data.build.train_transform", lambda *args: Labels())
+    monkeypatch.setattr("data.build.train_transform", lambda *args, **options: Labels())
     root = spoil(tmp_path, "train/ant/007.jpg", "train/ant/008.jpg")
     batches = train(root, 0, 3 * 28, "DATA.MAX_BAD_IMAGES", 2, "AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0)
     found = list(batches)

@@ -15,7 +15,7 @@ IMAGENET_22K_CLASSES = 21841  # of the release that the published models were pr
 
 CHOICES = {
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
-    "DATA.BACKEND": ("auto", "reference", "fast", "device"),
+    "DATA.BACKEND": ("auto", "reference", "native", "gpu"),
     "DATA.CACHE_MODE": ("no", "part", "full"),
     "MODEL.TYPE": ("swin", "swinv2", "swin_mlp", "timm"),
     "MODEL.SWIN.POSITION": ("none", "abs", "abs+rel", "rel_no_app", "rel"),
@@ -115,7 +115,7 @@ NON_SEMANTIC_KEYS = frozenset(NO_EFFECT) | {
 }  # fmt: skip
 
 # Values of other keys that compute the same bits, so that a run may change from one to another.
-BITWISE_EQUIVALENT = {"DATA.BACKEND": frozenset(("auto", "reference", "fast"))}
+BITWISE_EQUIVALENT = {"DATA.BACKEND": frozenset(("auto", "reference", "native"))}
 
 
 def check_each(values: dict[str, object], origins: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Every kind of image decodes right or is refused with its path."""
+"""Every kind of image is decoded correctly or refused with its path."""
 
 import numpy as np
 import pytest
@@ -11,16 +11,16 @@ GREY_16 = np.array([[0, 255, 256, 257], [0x1234, 0x8000, 0xFF00, 0xFFFF]], np.ui
 
 
 def pixels(source: bytes) -> np.ndarray:
-    picture = decode(source, "x")
-    assert picture.mode == "RGB"
-    return np.asarray(picture)
+    image = decode(source, "x")
+    assert image.mode == "RGB"
+    return np.asarray(image)
 
 
-def test_jpeg_png_and_wrong_endings_go_by_content():
-    picture = draw(1)
-    assert np.array_equal(pixels(encode(picture, "PNG")), np.asarray(picture))
+def test_the_format_is_found_from_the_content():
+    image = draw(1)
+    assert np.array_equal(pixels(encode(image, "PNG")), np.asarray(image))
     for kind in ("JPEG", "BMP", "PPM", "TIFF", "WEBP", "GIF"):
-        assert np.abs(pixels(encode(picture, kind)).astype(int) - np.asarray(picture)).mean() < 12, kind
+        assert np.abs(pixels(encode(image, kind)).astype(int) - np.asarray(image)).mean() < 12, kind
 
 
 def test_grey_and_one_bit():

@@ -1,4 +1,4 @@
-"""TEST.PRESET: images are prepared to the bit as the origin of the weights prepares them, and the log says whose."""
+"""TEST.PRESET: images are prepared as by the library that the weights are from, bit-equal, and the log names it."""
 
 import logging
 import os
@@ -17,6 +17,7 @@ from data.build import build_datasets, val_batches
 from data.transforms.eval_presets import InputConfig, eval_preset, timm_inputs
 from data.transforms.reference import eval_transform, train_transform
 from tests._images import EVALUATE, data_config, draw, process, write_splits
+from tests.data.transforms.test_reference import RECIPE
 from utils.errors import UserError
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,7 +28,7 @@ SHAPES = [(500, 375), (97, 333), (224, 224), (40, 36), (256, 300)]
 
 
 def noisy(seed: int, size: tuple[int, int]) -> Image.Image:
-    """A picture with edges everywhere, on which filters and roundings show; different for each seed."""
+    """An image with edges everywhere, so that differences in filters and rounding show; another one for each seed."""
     width, height = size
     values = np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8)
     return Image.blend(draw(seed, size), Image.fromarray(values), 0.4)
@@ -35,8 +36,8 @@ def noisy(seed: int, size: tuple[int, int]) -> Image.Image:
 
 def assert_same(ours, theirs) -> None:
     for seed, size in enumerate(SHAPES):
-        picture = noisy(seed, size)
-        assert torch.equal(ours(picture), theirs(picture)), size
+        image = noisy(seed, size)
+        assert torch.equal(ours(image), theirs(image)), size
 
 
 @pytest.mark.parametrize(
@@ -45,45 +46,42 @@ def assert_same(ours, theirs) -> None:
 def test_timm_swins(name):
     cfg = timm.get_pretrained_cfg(name)
     theirs = create_transform(**resolve_data_config({}, pretrained_cfg=cfg.to_dict()), is_training=False)
-    assert_same(eval_preset("timm", cfg.input_size[1], True, "bilinear", InputConfig(), "").transform, theirs)
+    assert_same(eval_preset("timm", cfg.input_size[1]).transform, theirs)
 
 
 def test_every_swin_of_timm_has_the_numbers_assumed_here():
-    """Swins are prepared without looking up their name: what is looked up for other models is this for all of them."""
+    """The configuration is not looked up for Swins, because all of them have the same one."""
     names = [name for name in timm.list_models(["swin_*", "swinv2_*"]) if "_cr_" not in name and "_s3_" not in name]
     assert len(names) >= 15
     for name in names:
         size = timm.get_pretrained_cfg(name).input_size[-1]
         assert timm_inputs(name, size) == InputConfig(crop_pct=1.0 if size >= 384 else 0.9), name
-        assert eval_preset("timm", size, True, "bilinear", InputConfig(), "").description == (
-            eval_preset("timm", size, True, "bilinear", timm_inputs(name, size), "").description
-        )
+        described = eval_preset("timm", size, inputs=timm_inputs(name, size)).description
+        assert eval_preset("timm", size).description == described
 
 
 @pytest.mark.parametrize(
     "name", ["regnety_040", "tf_efficientnet_b3.ns_jft_in1k", "resnetv2_101x3_bit", "vit_base_patch16_384"]
 )
 def test_other_models_of_timm(name):
-    """Among them: another crop, another mean, the size of tests larger than that of training."""
+    """Among them are another crop, another mean, and an evaluation size larger than the training size."""
     cfg = timm.get_pretrained_cfg(name)
     for use_test_size in (False, True):
         settings = resolve_data_config({}, pretrained_cfg=cfg.to_dict(), use_test_size=use_test_size)
         size = settings["input_size"][1]
-        ours = eval_preset("timm", size, True, "bilinear", timm_inputs(name, size), "").transform
-        picture = noisy(size, (500, 375))
-        assert torch.equal(ours(picture), create_transform(**settings, is_training=False)(picture))
+        ours = eval_preset("timm", size, inputs=timm_inputs(name, size)).transform
+        image = noisy(size, (500, 375))
+        assert torch.equal(ours(image), create_transform(**settings, is_training=False)(image))
 
 
 @pytest.mark.parametrize("name", ["swin_t", "swin_s", "swin_b", "swin_v2_t", "swin_v2_s", "swin_v2_b"])
 def test_torchvision(name):
     theirs = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    assert_same(
-        eval_preset("torchvision", theirs.crop_size[0], True, "bilinear", InputConfig(), name).transform, theirs
-    )
+    assert_same(eval_preset("torchvision", theirs.crop_size[0], torchvision_name=name).transform, theirs)
 
 
 def test_torchvision_at_another_size_keeps_the_proportion():
-    chosen = eval_preset("torchvision", 112, True, "bilinear", InputConfig(), "swin_t")
+    chosen = eval_preset("torchvision", 112, torchvision_name="swin_t")
     assert chosen.description == "swin_t: resize to 116, centre crop 112, bicubic"  # of 232 and 224
     assert chosen.transform(noisy(0, (300, 200))).shape == (3, 112, 112)
 
@@ -98,23 +96,23 @@ def test_hugging_face(size):
         image_std=[0.229, 0.224, 0.225],
     )
 
-    def theirs(picture: Image.Image) -> Tensor:
-        return processor(picture, return_tensors="pt")["pixel_values"][0]
+    def theirs(image: Image.Image) -> Tensor:
+        return processor(image, return_tensors="pt")["pixel_values"][0]
 
-    assert_same(eval_preset("hf", size, True, "bilinear", InputConfig(), "").transform, theirs)
+    assert_same(eval_preset("hf", size).transform, theirs)
 
 
 @pytest.mark.parametrize("crop", [True, False])
 def test_original(crop):
-    chosen = eval_preset("original", 224, crop, "bicubic", InputConfig(), "")
+    chosen = eval_preset("original", 224, crop=crop)
     assert_same(chosen.transform, eval_transform(224, crop, "bicubic"))
     assert chosen.description == ("resize to 256, centre crop 224, bicubic" if crop else "resize to 224 x 224, bicubic")
 
 
 def test_the_four_differ():
-    picture = noisy(7, (300, 260))
+    image = noisy(7, (300, 260))
     results = [
-        eval_preset(origin, 224, True, "bicubic", InputConfig(), "swin_t").transform(picture)
+        eval_preset(origin, 224, torchvision_name="swin_t").transform(image)
         for origin in ("original", "timm", "torchvision", "hf")
     ]
     assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
@@ -127,7 +125,7 @@ def images(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("layout", "opts", "said"),
+    ("layout", "opts", "message"),
     [
         ("original", (), "original: resize to 54, centre crop 48, bicubic"),
         ("unknown", (), "original: resize to 54, centre crop 48, bicubic"),
@@ -140,24 +138,24 @@ def images(tmp_path_factory):
         ("unknown", REGNET, "timm: resize to 50, center crop 48 (0.95), bicubic"),
     ],
 )  # fmt: skip
-def test_the_log_says_whose_and_batches_are_that(images, caplog, layout, opts, said):
+def test_the_preset_is_logged_and_used(images, caplog, layout, opts, message):
     config = data_config(images, *opts, *EVALUATE)
     data = build_datasets(config, process())
     with caplog.at_level(logging.INFO, logger="data.build"):
         batches = val_batches(config, data, process(), layout)
     assert [r.getMessage() for r in caplog.records if r.name == "data.build"] == [
-        f"validation images are prepared as by {said}"
+        f"validation images are prepared as by {message}"
     ]
-    origin = said.partition(":")[0]
+    origin = message.partition(":")[0]
     inputs = timm_inputs("regnety_040", 48) if opts is REGNET else InputConfig()
     name = "swin_v2_t" if "swinv2" in opts else "swin_t"
-    transform = eval_preset(origin, 48, config.TEST.CROP, "bicubic", inputs, name).transform
+    preset = eval_preset(origin, 48, crop=config.TEST.CROP, inputs=inputs, torchvision_name=name)
     (batch,) = batches
-    expected = [transform(Image.open(path).convert("RGB")) for path in sorted(images.glob("val/*/*.jpg"))]
+    expected = [preset.transform(Image.open(path).convert("RGB")) for path in sorted(images.glob("val/*/*.jpg"))]
     assert torch.equal(batch["image"], torch.stack(expected))
 
 
-def test_a_crop_without_effect_is_said(images, caplog):
+def test_a_crop_without_effect_is_logged(images, caplog):
     data = build_datasets(data_config(images, *EVALUATE), process())
     for origin, times in (("original", 0), ("hf", 1)):
         caplog.clear()
@@ -174,12 +172,12 @@ def test_torchvision_has_no_large_swin(images):
 
 def test_training_uses_the_models_mean_and_deviation():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    off = (0.5, 0.0, "none", 0.0, "pixel", 1, "bicubic")
-    normalise = train_transform(224, *off, mean, std).transforms[-1]
+    off = RECIPE | {"color_jitter": 0.0, "auto_augment": "none", "re_prob": 0.0}
+    normalise = train_transform(224, **off, mean=mean, std=std).transforms[-1]
     assert tuple(normalise.mean.tolist()) == pytest.approx(mean) and tuple(normalise.std.tolist()) == pytest.approx(std)
 
 
-def test_unknown_protocol_and_model_are_refused():
+def test_unknown_preset_and_model_are_refused():
     with pytest.raises(UserError, match="TEST.PRESET is 'imagenet' but must be one of auto, original, timm"):
         get_config(None, ["TEST.PRESET", "imagenet"])
     with pytest.raises(UserError, match="'swin_giant' is no model of timm"):

@@ -1,4 +1,4 @@
-"""Augmentation of batches on the device against the reference: exact, but for affine values next to whole numbers."""
+"""Augmentation of batches against the reference: exact, except affine values next to integers."""
 
 import random
 
@@ -14,7 +14,7 @@ from torchvision import transforms
 from data.transforms import gpu_ops
 from data.transforms.gpu_augment import GpuAugment, GpuAugParams
 from data.transforms.native_augment import NativeAugment
-from tests.data.transforms.test_native_augment import EVERYTHING, MOVING, op_of, pictures, reference_of
+from tests.data.transforms.test_native_augment import EVERYTHING, MOVING, make_images, op_of, reference_of
 from utils.errors import UserError
 from utils.seed import seed_cpu
 
@@ -28,20 +28,20 @@ def erasing(mode: str, count: int = 1, prob: float = 0.5) -> RandomErasing:
 
 
 def run(reference, images: list[np.ndarray], erase: RandomErasing | None = None, device: str = "cpu") -> Tensor:
-    """What the device makes of `images`, of one size; image i is drawn for from seed i."""
-    aug_params = GpuAugParams([NativeAugment(reference)] if reference is not None else [], erase)
-    numbers = []
+    """The augmented `images`, all of one size; the parameters of image i are sampled from seed i."""
+    sample_params = GpuAugParams([NativeAugment(reference)] if reference is not None else [], erase)
+    aug_params = []
     for seed, image in enumerate(images):
         seed_cpu(seed)
-        numbers.append(aug_params(image.shape[1], image.shape[0]))
+        aug_params.append(sample_params(image.shape[1], image.shape[0]))
     pixels = torch.from_numpy(np.stack(images)).to(device)
-    return GpuAugment(MEAN, STD, erase)(pixels, torch.from_numpy(np.stack(numbers))).cpu()
+    return GpuAugment(MEAN, STD, erase)(pixels, torch.from_numpy(np.stack(aug_params))).cpu()
 
 
 def expected(reference, images: list[np.ndarray], erase: RandomErasing | None = None) -> Tensor:
-    """The same by Pillow and timm."""
+    """The same with Pillow and timm."""
     steps = [transforms.ToTensor(), transforms.Normalize(torch.tensor(MEAN), torch.tensor(STD))]
-    transform = transforms.Compose([reference or (lambda picture: picture), *steps, erase or (lambda tensor: tensor)])
+    transform = transforms.Compose([reference or (lambda image: image), *steps, erase or (lambda tensor: tensor)])
     results = []
     for seed, image in enumerate(images):
         seed_cpu(seed)
@@ -54,10 +54,10 @@ def levels(difference: Tensor) -> Tensor:
     return difference.abs() * torch.tensor(STD).view(3, 1, 1) * 255
 
 
-def check(got: Tensor, want: Tensor, most: float, share: float) -> None:
+def check(got: Tensor, want: Tensor, most: float, fraction: float) -> None:
     off = levels(got - want)
     assert off.max() <= most + 0.01
-    assert (off > 0.01).double().mean() <= share
+    assert (off > 0.01).double().mean() <= fraction
 
 
 def psnr(got: Tensor, want: Tensor) -> float:
@@ -67,18 +67,18 @@ def psnr(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", [name for name in EVERYTHING if name not in BLURS])
 def test_each_operation_at_each_magnitude(name: str, device: str):
-    """Moves by short decimals (no noise on the magnitude, or one cut off at 10) give values whole but for rounding:
-    there a level is lost more often."""
+    """Shifts by short decimals (no noise on the magnitude, or clipped at 10) give values that are integers but for
+    rounding: there a level is lost more often."""
     for magnitude in range(11):
         noise = 0.3 if magnitude % 2 else 0
         reference = AutoAugment([[op_of(name, magnitude, magnitude_std=noise)]])
-        images = pictures([(33, 40)])
+        images = make_images([(33, 40)])
         got, want = run(reference, images, device=device), expected(reference, images)
         if name in MOVING:
             check(got, want, 1.0, 1e-3 if noise else 0.05)
         elif device == "cpu":
             assert torch.equal(got, want)
-        else:  # where the normalisation's division may round otherwise
+        else:  # the normalisation's division may round in another way
             check(got, want, 0.0, 0.0)
 
 
@@ -86,9 +86,9 @@ def test_each_operation_at_each_magnitude(name: str, device: str):
     "policy", ["rand-m9-mstd0.5-inc1", "rand-m9-n3-p0.9-mstd0.5", "rand-m5-n3-p1.0-mstd0.5", "original-mstd0.5"]
 )
 def test_policies(policy: str):
-    """Where one operation follows another, a level may grow (equalising, contrast); by PSNR the two are one."""
+    """A later operation may amplify a difference of one level (equalise, contrast); the PSNR stays high."""
     reference = reference_of(policy, 48, "random")
-    images = pictures([(48, 48)])[:2] * 24
+    images = make_images([(48, 48)])[:2] * 24
     got, want = run(reference, images), expected(reference, images)
     check(got, want, 4.0, 1e-3)
     assert psnr(got, want) > 75
@@ -96,12 +96,12 @@ def test_policies(policy: str):
 
 @pytest.mark.parametrize("mode", ["const", "pixel", "rand"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_rectangles_are_the_reference_ones(mode: str, count: int):
+def test_rectangles_are_those_of_the_reference(mode: str, count: int):
     reference = reference_of("rand-m9-mstd0.5-inc1", 48)
-    images = [pictures([(48, 48)])[1]] * 24
+    images = [make_images([(48, 48)])[1]] * 24
     got = run(reference, images, erasing(mode, count))
     want = expected(reference, images, erasing("const", count))
-    assert ((levels(got - want) > 1.01).any(1) <= (want == 0).all(1)).all()  # what differs was erased
+    assert ((levels(got - want) > 1.01).any(1) <= (want == 0).all(1)).all()  # only erased pixels differ
     erased = (want == 0).all(1)
     assert erased.float().mean() > 0.02
     if mode == "const":
@@ -110,19 +110,19 @@ def test_the_rectangles_are_the_reference_ones(mode: str, count: int):
         assert (got.transpose(1, 3)[erased.transpose(1, 2)] != 0).all()
 
 
-def test_the_draws_are_the_reference_ones():
-    """Left in the same state by the policy and the rectangles; the seed of the noise is drawn after both."""
+def test_random_numbers_are_those_of_the_reference():
+    """Policy and rectangles leave the generators in the same state; the seed of the noise is sampled after both."""
     reference, erase = reference_of("rand-m9-mstd0.5-inc1", 24, "random"), erasing("const", 3)
-    aug_params = GpuAugParams([NativeAugment(reference)], erase)
-    picture, tensor = Image.new("RGB", (24, 24)), torch.zeros(3, 24, 24)
+    sample_params = GpuAugParams([NativeAugment(reference)], erase)
+    image, tensor = Image.new("RGB", (24, 24)), torch.zeros(3, 24, 24)
     for seed in range(300):
         seed_cpu(seed)
-        numbers = aug_params(24, 24)
+        aug_params = sample_params(24, 24)
         state = random.getstate(), np.random.get_state()[1].tobytes()
         seed_cpu(seed)
-        reference(picture)
+        reference(image)
         erase(tensor)
-        for _ in range(int((numbers[:, 0] == -2).sum())):
+        for _ in range(int((aug_params[:, 0] == -2).sum())):
             random.getrandbits(48)
         assert (random.getstate(), np.random.get_state()[1].tobytes()) == state
 
@@ -130,17 +130,17 @@ def test_the_draws_are_the_reference_ones():
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_image_does_not_depend_on_its_batch(device: str):
     reference, erase = reference_of("rand-m9-n3-p0.9-mstd0.5-inc1", 32, "random"), erasing("pixel", 2)
-    aug_params, augment = GpuAugParams([NativeAugment(reference)], erase), GpuAugment(MEAN, STD, erase)
-    images, numbers = pictures([(32, 32)]) * 4, []
+    sample_params, augment = GpuAugParams([NativeAugment(reference)], erase), GpuAugment(MEAN, STD, erase)
+    images, aug_params = make_images([(32, 32)]) * 4, []
     for seed in range(len(images)):
         seed_cpu(seed)
-        numbers.append(aug_params(32, 32))
-    pixels, numbers = torch.from_numpy(np.stack(images)).to(device), torch.from_numpy(np.stack(numbers))
-    together = augment(pixels.clone(), numbers)
+        aug_params.append(sample_params(32, 32))
+    pixels, aug_params = torch.from_numpy(np.stack(images)).to(device), torch.from_numpy(np.stack(aug_params))
+    batch = augment(pixels.clone(), aug_params)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
-    assert torch.equal(augment(pixels[order.to(device)], numbers[order]), together[order.to(device)])
+    assert torch.equal(augment(pixels[order.to(device)], aug_params[order]), batch[order.to(device)])
     for i in (0, 7, 23):
-        assert torch.equal(augment(pixels[i : i + 1].clone(), numbers[i : i + 1])[0], together[i])
+        assert torch.equal(augment(pixels[i : i + 1].clone(), aug_params[i : i + 1])[0], batch[i])
 
 
 def test_the_noise_is_standard_normal():
@@ -180,14 +180,14 @@ def test_erased_share_and_noise_after_the_pipeline():
 
 
 @pytest.mark.parametrize("policy", ["3a", "rand-m6-t3a", "augmix-m5-w4-d2"])
-def test_what_is_not_done_on_the_device_is_said(policy: str):
-    with pytest.raises(UserError, match="DATA.BACKEND fast"):
+def test_unsupported_policies_are_refused(policy: str):
+    with pytest.raises(UserError, match="Set DATA.BACKEND native"):
         GpuAugParams([NativeAugment(reference_of(policy, 32))], None)
 
 
 def test_colour_jitter():
     reference = transforms.ColorJitter(0.4, 0.4, 0.4)
-    images = pictures([(33, 40)])
+    images = make_images([(33, 40)])
     assert torch.equal(run(reference, images), expected(reference, images))
 
 
@@ -196,21 +196,21 @@ def test_quarter_turns(degrees: int):
     op = op_of("Rotate", 10)
     op.level_fn = lambda level, hparams: (float(degrees),)
     reference = AutoAugment([[op]])
-    images = pictures([(24, 24)])
+    images = make_images([(24, 24)])
     assert torch.equal(run(reference, images), expected(reference, images))
 
 
 @pytest.mark.gpu
-def test_the_device_is_never_waited_for():
+def test_the_host_never_waits_for_the_device():
     reference, erase = reference_of("rand-m9-n3-p0.9-mstd0.5-inc1", 64), erasing("pixel", 2)
-    aug_params, augment = GpuAugParams([NativeAugment(reference)], erase), GpuAugment(MEAN, STD, erase)
+    sample_params, augment = GpuAugParams([NativeAugment(reference)], erase), GpuAugment(MEAN, STD, erase)
     seed_cpu(0)
-    numbers = torch.from_numpy(np.stack([aug_params(64, 64) for _ in range(48)]))
+    aug_params = torch.from_numpy(np.stack([sample_params(64, 64) for _ in range(48)]))
     pixels = torch.randint(0, 256, (48, 64, 64, 3), dtype=torch.uint8, device="cuda")
-    augment(pixels.clone(), numbers)  # what is made once
+    augment(pixels.clone(), aug_params)  # one-time initialisation
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        augment(pixels, numbers)
+        augment(pixels, aug_params)
     finally:
         torch.cuda.set_sync_debug_mode("default")

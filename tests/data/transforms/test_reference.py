@@ -1,4 +1,4 @@
-"""The transforms are the original recipe's, eval to the bit; Mixup and CutMix are timm's for the same draws."""
+"""Transforms are those of the original recipe, bit-equal; Mixup and CutMix are timm's for the same random numbers."""
 
 import math
 
@@ -30,36 +30,45 @@ RECIPE = {
     "re_count": 1,
     "interpolation": "bicubic",
 }
+MIX = {
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "cutmix_minmax": None,
+    "prob": 1.0,
+    "switch_prob": 0.5,
+    "mode": "batch",
+    "label_smoothing": 0.1,
+}
 
 
-def normalised(picture: Image.Image) -> torch.Tensor:
-    values = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(torch.float32) / 255
+def normalised(image: Image.Image) -> torch.Tensor:
+    values = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32) / 255
     return (values - MEAN) / STD
 
 
 @pytest.mark.parametrize("size", [(500, 375), (100, 333), (224, 224), (31, 900)])
 @pytest.mark.parametrize(("name", "filter"), [("bicubic", 3), ("bilinear", 2), ("random", 2)])
 def test_eval_is_resize_and_centre_crop_to_the_bit(size, name, filter):
-    picture = draw(1, size)
-    result = eval_transform(224, crop=True, interpolation=name)(picture)
+    image = draw(1, size)
+    result = eval_transform(224, crop=True, interpolation=name)(image)
     width, height = size
     short, long = 256, int(256 * max(size) / min(size))
-    resized = picture.resize((short, long) if width <= height else (long, short), filter)
+    resized = image.resize((short, long) if width <= height else (long, short), filter)
     left, top = round((resized.width - 224) / 2), round((resized.height - 224) / 2)
     assert torch.equal(result, normalised(resized.crop((left, top, left + 224, top + 224))))
 
 
 def test_eval_size_is_rounded_down_and_without_crop_resized_as_a_whole():
-    picture = draw(2, (300, 200))
-    resized = picture.resize((384, int(256 / 224 * 256)), Image.Resampling.BICUBIC)
+    image = draw(2, (300, 200))
+    resized = image.resize((384, int(256 / 224 * 256)), Image.Resampling.BICUBIC)
     assert eval_transform(256, True, "bicubic").transforms[0].size == resized.height == 292
-    whole = picture.resize((384, 384), Image.Resampling.BICUBIC)
-    assert torch.equal(eval_transform(384, crop=False, interpolation="bicubic")(picture), normalised(whole))
+    whole = image.resize((384, 384), Image.Resampling.BICUBIC)
+    assert torch.equal(eval_transform(384, crop=False, interpolation="bicubic")(image), normalised(whole))
 
 
 def test_small_images_pass_eval_unchanged():
-    picture = draw(3, (32, 32))
-    assert torch.equal(eval_transform(32, True, "bicubic")(picture), normalised(picture))
+    image = draw(3, (32, 32))
+    assert torch.equal(eval_transform(32, True, "bicubic")(image), normalised(image))
 
 
 @pytest.mark.parametrize("size", [(28, 28), (32, 32), (20, 64), (64, 64)])
@@ -69,7 +78,7 @@ def test_small_size_takes_images_of_any_size(size):
 
 
 def original_recipe(size: int) -> transforms.Compose:
-    """The recipe of the published runs written out, each step with its numbers."""
+    """The recipe of the published runs, written out with its numbers."""
     crop = RandomResizedCropAndInterpolation(size, (0.08, 1.0), (3 / 4, 4 / 3), "bicubic")
     policy = {"translate_const": int(size * 0.45), "img_mean": (124, 116, 104), "interpolation": Image.BICUBIC}
     return transforms.Compose(
@@ -85,27 +94,27 @@ def original_recipe(size: int) -> transforms.Compose:
 
 
 @pytest.mark.parametrize(("size", "source"), [(224, (300, 260)), (32, (32, 32))])
-def test_train_is_the_original_recipe_for_the_same_draws(size, source):
+def test_train_is_the_original_recipe_for_the_same_random_numbers(size, source):
     ours, original = train_transform(size, **RECIPE), original_recipe(size)
-    picture = draw(5, source)
+    image = draw(5, source)
     results = []
     for seed in range(25):
         pair = []
         for transform in (ours, original):
             seed_cpu(derive("test", seed))
-            pair.append(transform(picture))
+            pair.append(transform(image))
         assert torch.equal(*pair)
         results.append(pair[0])
     assert len({result.sum().item() for result in results}) == 25
 
 
 def test_crop_has_the_papers_distribution():
-    """Area and log ratio are uniform in their ranges, as far as the crop fits: checked where it always fits."""
+    """Area and log ratio are uniform in their ranges if the crop always fits, as it does here."""
     crop = train_transform(224, **RECIPE).transforms[0]
     seed_cpu(0)
-    scale, ratio, picture = [], [], draw(0, (400, 400))
+    scale, ratio, image = [], [], draw(0, (400, 400))
     for _ in range(4000):
-        _, _, height, width = crop.get_params(picture, (0.08, 0.5), crop.ratio)
+        _, _, height, width = crop.get_params(image, (0.08, 0.5), crop.ratio)
         scale.append(height * width / 400**2)
         ratio.append(math.log(width / height))
     assert crop.scale == (0.08, 1.0) and crop.ratio == (3 / 4, 4 / 3)
@@ -140,7 +149,7 @@ def test_rand_augment_and_erasing_have_the_originals_parameters():
     assert (erasing.probability, erasing.max_count, erasing.per_pixel, erasing.device) == (0.25, 1, True, "cpu")
 
 
-def test_switched_off_augmentations_are_absent():
+def test_disabled_augmentations_are_absent():
     off = RECIPE | {"auto_augment": "none", "color_jitter": 0.0, "re_prob": 0.0, "interpolation": "random"}
     kinds = [type(step).__name__ for step in train_transform(224, **off).transforms]
     assert kinds == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "MaybeToTensor", "Normalize"]
@@ -151,15 +160,15 @@ def test_switched_off_augmentations_are_absent():
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 @pytest.mark.parametrize("minmax", [None, (0.2, 0.8)])
-def test_mixing_equals_timm_for_the_same_draws(mode, minmax):
-    arguments = (0.8, 1.0, minmax, 1.0, 0.5, mode)
-    mixer = Mixer(7, 6, 5, *arguments, label_smoothing=0.1)
+def test_mixing_equals_timm_for_the_same_random_numbers(mode, minmax):
+    options = {"cutmix_minmax": minmax, "prob": 1.0, "switch_prob": 0.5, "mode": mode, "label_smoothing": 0.1}
+    mixer = Mixer(7, 6, 5, mixup=0.8, cutmix=1.0, **options)
     image, target = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 5
     results = []
     for position in (0, 6, 12, 600):
         mixed, soft = mixer(image.clone(), target, position)
         np.random.seed(derive(7, "mix", position) & 0xFFFFFFFF)
-        expected = Mixup(*arguments, label_smoothing=0.1, num_classes=5)(image.clone(), target)
+        expected = Mixup(0.8, 1.0, num_classes=5, **options)(image.clone(), target)
         assert torch.equal(mixed, expected[0]) and torch.equal(soft, expected[1])
         assert torch.allclose(soft.sum(1), torch.ones(6))
         results.append(tuple(mixed[:, 0, 8].flatten().tolist()))
@@ -170,10 +179,10 @@ def test_mixing_leaves_numpys_generator_alone():
     np.random.seed(3)
     expected = np.random.rand(3)
     np.random.seed(3)
-    Mixer(0, 2, 5, 0.8, 1.0, None, 1.0, 0.5, "batch", 0.1)(torch.zeros(2, 3, 4, 4), torch.zeros(2).long(), 0)
+    Mixer(0, 2, 5, **MIX)(torch.zeros(2, 3, 4, 4), torch.zeros(2).long(), 0)
     assert np.array_equal(np.random.rand(3), expected)
 
 
 def test_odd_batches_are_refused():
     with pytest.raises(UserError, match="DATA.BATCH_SIZE must be even, not 5"):
-        Mixer(0, 5, 5, 0.8, 1.0, None, 1.0, 0.5, "batch", 0.1)
+        Mixer(0, 5, 5, **MIX)
