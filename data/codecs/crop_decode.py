@@ -54,10 +54,14 @@ class OpenedImage:
         self._source = source
         self._path = path
         self._pixels: np.ndarray | None = None  # (H, W, 3) uint8, once the whole image is decoded
-        is_jpeg = isinstance(source, bytes) and source.startswith(b"\xff\xd8")
-        size = _jpeg_size(source) if is_jpeg and has_jpeg_decoder() else None
-        self._native = size is not None
-        self.size = size or self._decoded().shape[1::-1]
+        self._jpeg: bytes | None = None  # the image, if the native decoder supports it
+        if isinstance(source, bytes) and source.startswith(b"\xff\xd8") and has_jpeg_decoder():
+            size = _jpeg_size(source)
+            if size is not None:
+                self._jpeg, self.size = source, size
+        if self._jpeg is None:
+            height, width, _ = self._decoded().shape
+            self.size = width, height
 
     def crop_resize(self, params: CropResizeParams, out: np.ndarray | None = None) -> np.ndarray:
         """Returns (window height, window width, 3) uint8.
@@ -68,8 +72,8 @@ class OpenedImage:
         Raises:
             BadImage: the image cannot be decoded.
         """
-        if self._native:
-            pixels = _crop_resize_jpeg(self._source, self.size, params, out)
+        if self._jpeg is not None:
+            pixels = _crop_resize_jpeg(self._jpeg, self.size, params, out)
             if pixels is not None:
                 return pixels
         return _crop_resize_array(self._decoded(), params, out)

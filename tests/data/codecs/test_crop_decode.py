@@ -176,6 +176,16 @@ def test_resizing_is_pillows(bicubic):
     assert np.array_equal(found, crop_resize_with_pillow(black_and_white, params))
 
 
+@needs_decoder
+@pytest.mark.parametrize(("kind", "by_pillow"), [("4:2:0", 0), ("progressive", 1), ("CMYK", 1), ("not YCbCr", 1)])
+def test_each_image_is_decoded_once(kind, by_pillow, decoded_natively, monkeypatch):
+    calls = []
+    monkeypatch.setattr(crop_decode, "decode", lambda *args: calls.append(args) or decode(*args))
+    opened = OpenedImage(kinds((100, 80), 0)[kind], "x")
+    opened.crop_resize(random_params(random.Random(0), *opened.size))
+    assert len(calls) == by_pillow and decoded_natively == {True: 1 - by_pillow, False: 0}
+
+
 @needs_library
 def test_parts_of_a_larger_array_and_other_formats():
     image = noisy((60, 50), 1)

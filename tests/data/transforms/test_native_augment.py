@@ -51,15 +51,15 @@ POLICIES = [
 def make_images(sizes: list[tuple[int, int]]) -> list[np.ndarray]:
     """Noise, smooth, uniform, black and white blocks, wrapping ramps, dark: (H, W, 3) uint8 of each size (H, W)."""
     rng = np.random.RandomState(0)
-    found = []
+    images = []
     for h, w in sizes:
-        found.append(rng.randint(0, 256, (h, w, 3)))
-        found.append(np.asarray(draw(h, (w, h))))
-        found.append(np.full((h, w, 3), (0, 128, 255)))
-        found.append(255 * rng.randint(0, 2, (h // 2 + 1, w // 2 + 1, 3)).repeat(2, 0).repeat(2, 1)[:h, :w])
-        found.append(np.add.outer(np.arange(h), np.arange(w))[..., None] * (1, 2, 3) % 256)
-        found.append(rng.randint(0, 3, (h, w, 3)))
-    return [each.astype(np.uint8) for each in found]
+        images.append(rng.randint(0, 256, (h, w, 3)))
+        images.append(np.asarray(draw(h, (w, h))))
+        images.append(np.full((h, w, 3), (0, 128, 255)))
+        images.append(255 * rng.randint(0, 2, (h // 2 + 1, w // 2 + 1, 3)).repeat(2, 0).repeat(2, 1)[:h, :w])
+        images.append(np.add.outer(np.arange(h), np.arange(w))[..., None] * (1, 2, 3) % 256)
+        images.append(rng.randint(0, 3, (h, w, 3)))
+    return [image.astype(np.uint8) for image in images]
 
 
 def both(reference, native: NativeAugment, image: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +137,7 @@ def test_large_moves_and_turns(level: float, filter: str):
 @pytest.mark.parametrize(
     "fraction", [0.0, 1e-17, -1e-17, 1e-12, 0.5, 0.25, 1 / 3, 1 - 1e-16, 1.0 - 1e-12, 2.0, 31.999999]
 )
-def test_moves_that_end_near_whole_pixels(fraction: float, filter: int):
+def test_shifts_near_whole_pixels(fraction: float, filter: int):
     """Rounding alone decides which pixels are neighbours."""
     resample = {1: Image.Resampling.BILINEAR, 2: Image.Resampling.BICUBIC}[filter]
     for image in make_images([(32, 32), (19, 27)]):

@@ -197,7 +197,7 @@ def train_images(root, backend, start, *opts) -> list[torch.Tensor]:
     return [batch["image"].clone() for batch in batches]
 
 
-def test_batches_are_the_references_whatever_the_workers_and_the_start(images):
+def test_batches_are_the_references_for_any_workers_and_start(images):
     expected = train_images(images, "reference", 0)
     for backend, start, workers in (("native", 0, 0), ("native", 0, 2), ("auto", 24, 1), ("reference", 24, 2)):
         found = train_images(images, backend, start, "DATA.NUM_WORKERS", workers)
@@ -213,7 +213,7 @@ def test_batches_are_the_references_whatever_the_workers_and_the_start(images):
 
 @pytest.mark.parametrize("size", [32, 48])
 def test_gpu_pixels_are_the_references_except_affine_ones(images, size):
-    """The same whatever the workers and the start. (Single operations: tests/data/transforms/test_gpu_augment.py.)"""
+    """Equal for any number of workers and any start. test_gpu_augment.py tests the single operations."""
     opts = ("DATA.IMG_SIZE", size, "AUG.REPROB", 0.0, "AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0)
     expected = torch.cat(train_images(images, "reference", 0, *opts))
     found = train_images(images, "gpu", 0, *opts)
@@ -226,11 +226,11 @@ def test_gpu_pixels_are_the_references_except_affine_ones(images, size):
 
 
 def test_a_run_may_change_between_backends_that_give_the_same(images):
-    def between(old: str, new: str) -> list[str]:
+    def changed_keys(old: str, new: str) -> list[str]:
         a, b = (data_config(images, "DATA.BACKEND", backend) for backend in (old, new))
         return [key for key, *_ in differences(a, b)]
 
     same = ("auto", "reference", "native")
-    assert all(between(a, b) == [] for a in same for b in same)
-    assert between("gpu", "gpu") == []
-    assert all(between(a, "gpu") == between("gpu", a) == ["DATA.BACKEND"] for a in same)
+    assert all(changed_keys(a, b) == [] for a in same for b in same)
+    assert changed_keys("gpu", "gpu") == []
+    assert all(changed_keys(a, "gpu") == changed_keys("gpu", a) == ["DATA.BACKEND"] for a in same)
