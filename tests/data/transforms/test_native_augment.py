@@ -137,7 +137,7 @@ def test_large_moves_and_turns(level: float, filter: str):
 @pytest.mark.parametrize(
     "fraction", [0.0, 1e-17, -1e-17, 1e-12, 0.5, 0.25, 1 / 3, 1 - 1e-16, 1.0 - 1e-12, 2.0, 31.999999]
 )
-def test_shifts_near_whole_pixels(fraction: float, filter: int):
+def test_shifts_near_integer_pixels(fraction: float, filter: int):
     """Rounding alone decides which pixels are neighbours."""
     resample = {1: Image.Resampling.BILINEAR, 2: Image.Resampling.BICUBIC}[filter]
     for image in make_images([(32, 32), (19, 27)]):
