@@ -155,7 +155,7 @@ def test_one_run_from_start_to_end(job, recipe: Path):
     # Its best checkpoint is as good as it was said to be.
     code, said = job("--eval", "--resume", str(folder / "checkpoints" / "best.pth"))
     assert code == 0, said
-    best = checkpoint(recipe, name="best")["state"]["best"]
+    best = checkpoint(recipe, name="best")["state"]["best_metric"]
     assert f"top-1 {best:.3f} %" in said
     assert f"{VAL} images" in said and "average of the weights" in said
 
@@ -394,4 +394,4 @@ def test_main_job_on_a_gpu(job, recipe: Path, amp_dtype: str):
     words = ["--tag", amp_dtype, "--opts", "AMP_ENABLE", "True", "AMP_DTYPE", amp_dtype, "TRAIN.EPOCHS", "20"]
     code, said = job(*words)
     assert code == 0 and "cuda" in (run_folder(recipe, amp_dtype) / "starts.jsonl").read_text()
-    assert checkpoint(recipe, amp_dtype)["state"]["best"] > 90, said
+    assert checkpoint(recipe, amp_dtype)["state"]["best_metric"] > 90, said

@@ -1,7 +1,7 @@
-"""The original project's own YAML files, by the values in them: V1, V2 and MLP build unchanged, others answer clearly.
+"""YAML files of the original project, by their values: V1, V2 and MLP build unchanged, others are refused by name.
 
-And the recipes of this project are those files under shorter names. (One NAME is put right here: the original's file of
-V2-L from 12 to 16 calls itself V2-B.)
+The recipes of this project are those files under shorter names. (One NAME is corrected here: the original's file of
+V2-L from 12 to 16 has the name of V2-B.)
 """
 
 from pathlib import Path
@@ -68,7 +68,7 @@ ORIGINAL = [
 
 
 def original(name: str, kind: str, drop_path: float, sizes: str, window: int, train: str, img_size: int) -> str:
-    """The text of an original file. Its values are written as there: some floats are texts to a YAML reader."""
+    """Returns the text of an original file, with values in its spelling: YAML readers take some floats for strings."""
     section = {"swin": "SWIN", "swinv2": "SWINV2", "swin_mlp": "SWIN_MLP", "swin_moe": "SWIN_MOE"}[kind]
     data = (["DATASET: imagenet22K"] if "22k" in name and "22kto1k" not in name else []) + (
         [f"IMG_SIZE: {img_size}"] if img_size else []
@@ -126,7 +126,7 @@ def test_22k_classes_stay_as_given(caplog):
     assert get_config(None, ["DATA.DATASET", "imagenet22K", "MODEL.NUM_CLASSES", 0]).MODEL.NUM_CLASSES == 0
 
 
-def test_another_types_section_has_no_effect_and_says_so(write, caplog):
+def test_the_section_of_another_type_has_no_effect_and_is_logged(write, caplog):
     path = write("MODEL:\n  TYPE: swinv2\n  SWIN: {EMBED_DIM: 128, DEPTHS: [ 2, 2, 6, 2 ], QK_SCALE: 0.1}")
     get_config(path)
     assert [line.partition(": ")[2] for line in caplog.messages] == [
@@ -181,7 +181,7 @@ def test_simmim_pre_training_is_not_yet_supported(model, named, write):
     ],
 )
 def test_simmim_fine_tuning_is_ordinary_training(kind, sizes, window, drop_path, layer_decay, params, write, caplog):
-    """Those files ask for nothing that V1 and V2 do not have."""
+    """These files use nothing that V1 and V2 do not have."""
     train = "EPOCHS: 100, WARMUP_EPOCHS: 20, BASE_LR: 1.25e-3, WARMUP_LR: 2.5e-7, MIN_LR: 2.5e-7, WEIGHT_DECAY: 0.05, "
     text = original("simmim_finetune", kind, drop_path, sizes, window, f"{train}LAYER_DECAY: {layer_decay}", 224)
     config = get_config(write(f"{text}\nPRINT_FREQ: 100\nSAVE_FREQ: 5\nTAG: simmim_finetune__800ep"))

@@ -1,4 +1,4 @@
-"""configs/: the recipes are the published ones, open with a command, and mean the same when saved and given again."""
+"""configs/: recipes match the published ones, open with a command, and survive saving and reloading."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from utils.paths import REPO_ROOT
 RECIPES = sorted((REPO_ROOT / "configs").glob("*.yaml"))
 
 
-def test_recipes_are_there():
+def test_recipes_exist():
     names = {path.stem for path in RECIPES}
     assert names >= {
         "swin_tiny", "swin_small", "swin_base", "swin_base_384", "swin_large_384", "swin_tiny_22k", "swin_small_22k",
@@ -19,7 +19,7 @@ def test_recipes_are_there():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_saved_config_given_to_cfg_means_the_same_run(path, tmp_path, caplog):
+def test_a_saved_config_reloads_as_the_same_run(path, tmp_path, caplog):
     config = get_config(path, ["TRAIN.WEIGHT_DECAY", 0.1 + 0.2, "TAG", "'123' # ü", "TRAIN.MIN_LR", 1e-300])
     saved = tmp_path / "saved.yaml"
     saved.write_text(dump(config), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Where programs meet a person: typed numbers, errors of the machine; benchmarks and tools given nonsense."""
+"""utils/cli.py: numbers with bounds, errors of the machine, exit codes; tools and benchmarks given nonsense."""
 
 import argparse
 import errno
@@ -15,7 +15,7 @@ from utils.errors import TrainingDiverged, UserError
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (
             OSError(errno.ENOSPC, "No space left on device", "logs/x"),
@@ -26,16 +26,16 @@ from utils.errors import TrainingDiverged, UserError
         (torch.OutOfMemoryError("CUDA out of memory"), "Ways out: a smaller --batch-size"),
     ],
 )
-def test_errors_of_the_machine_are_said(error, said):
-    assert said in str(as_user_error(error))
+def test_as_user_error_translates_errors_of_the_machine(error, message):
+    assert message in str(as_user_error(error))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a fault"), ValueError("x"), OSError("no number"), RecursionError()])
-def test_faults_of_the_program_stay_faults(error):
+def test_as_user_error_leaves_bugs_alone(error):
     assert as_user_error(error) is None
 
 
-def test_answers_become_exit_codes(capsys):
+def test_run_cli_returns_exit_codes(capsys):
     def fails(error: BaseException):
         def program() -> int:
             raise error
@@ -55,14 +55,14 @@ def test_answers_become_exit_codes(capsys):
         run_cli(fails(RuntimeError("a fault")))
 
 
-def test_numbers_have_bounds():
+def test_number_has_bounds():
     assert number(int, 1, 8)("8") == 8 and number(float, 0, 1)("0.5") == 0.5
     for text in ("0", "9", "x", "1.5", "nan", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="is no number from 1 to 8"):
             number(int, 1, 8)(text)
 
 
-def test_programs_answer_nonsense_in_words(tmp_path: Path, capsys):
+def test_programs_refuse_nonsense_with_a_message(tmp_path: Path, capsys):
     (tmp_path / "no.zip").write_bytes(b"no zip")
     with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
         archive.writestr("readme.txt", "no images")
@@ -96,7 +96,7 @@ def test_programs_answer_nonsense_in_words(tmp_path: Path, capsys):
     ):
         try:
             code = program(words)
-        except SystemExit as error:  # argparse's own way out
+        except SystemExit as error:  # raised by argparse itself
             code = error.code
-        said = capsys.readouterr().err
-        assert code == 2 and "error: " in said and "Traceback" not in said, (program.__module__, words, said)
+        output = capsys.readouterr().err
+        assert code == 2 and "error: " in output and "Traceback" not in output, (program.__module__, words, output)

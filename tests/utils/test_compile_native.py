@@ -1,4 +1,4 @@
-"""Compiling a native part: once, anew when anything changes, by several processes at a time, and never by force."""
+"""utils/compile_native.py: compiled once, again after any change, and by several processes at the same time."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ needs_compiler = pytest.mark.skipif(not (shutil.which("cc") and shutil.which("c+
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An empty cache folder, and nothing remembered of earlier answers."""
+    """An empty cache folder, and no libraries loaded by earlier tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     compile_native._load.cache_clear()
     yield tmp_path / "cache" / "swin"
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def library(folder: Path, language: str = "c") -> NativeLibrary:
-    return NativeLibrary("a part to be tested", folder, language, ("-O1",))
+    return NativeLibrary("a library under test", folder, language, ("-O1",))
 
 
 def source(folder: Path, text: str, name: str = "one.c") -> Path:
@@ -36,14 +36,14 @@ def source(folder: Path, text: str, name: str = "one.c") -> Path:
 
 @needs_compiler
 @pytest.mark.parametrize(("language", "name"), [("c", "one.c"), ("c++", "one.cpp")])
-def test_compiled_once_and_anew_for_other_sources(cache, tmp_path, caplog, language, name):
+def test_compiles_once_and_again_for_other_sources(cache, tmp_path, caplog, language, name):
     linkage = 'extern "C" ' if language == "c++" else ""
     folder = source(tmp_path / "part", f"{linkage}int one(void) {{ return 1; }}", name)
     with caplog.at_level(logging.INFO):
         assert library(folder, language).load().one() == 1
         compile_native._load.cache_clear()  # as in another process
         assert library(folder, language).load().one() == 1
-    assert len(caplog.records) == 1 and "a part to be tested" in caplog.text
+    assert len(caplog.records) == 1 and "a library under test" in caplog.text
     source(folder, f"{linkage}int one(void) {{ return 2; }}", name)
     compile_native._load.cache_clear()
     assert library(folder, language).load().one() == 2
@@ -51,7 +51,7 @@ def test_compiled_once_and_anew_for_other_sources(cache, tmp_path, caplog, langu
 
 
 @needs_compiler
-def test_an_error_in_the_source_is_named_and_leaves_nothing(cache, tmp_path):
+def test_an_error_in_the_source_is_reported_and_leaves_no_file(cache, tmp_path):
     broken = library(source(tmp_path / "part", "int one(void) { return"))
     for _ in range(2):
         with pytest.raises(CannotBuild, match="fails: .*one.c.*error"):
@@ -60,7 +60,7 @@ def test_an_error_in_the_source_is_named_and_leaves_nothing(cache, tmp_path):
 
 
 @pytest.mark.parametrize(("compiler", "reason"), [("false", "false fails: exit code 1"), (None, "no compiler for C")])
-def test_without_a_compiler_it_says_so(cache, tmp_path, monkeypatch, compiler, reason):
+def test_a_missing_or_failing_compiler_is_reported(cache, tmp_path, monkeypatch, compiler, reason):
     if compiler is None:
         monkeypatch.setenv("PATH", str(tmp_path))
     else:
@@ -70,7 +70,7 @@ def test_without_a_compiler_it_says_so(cache, tmp_path, monkeypatch, compiler, r
 
 
 @needs_compiler
-def test_a_cache_that_cannot_be_written_is_named(cache, tmp_path):
+def test_a_read_only_cache_is_reported(cache, tmp_path):
     cache.parent.mkdir()
     cache.write_text("a file where the folder should be")
     with pytest.raises(CannotBuild, match="cache/swin.*cannot be written"):
@@ -78,7 +78,7 @@ def test_a_cache_that_cannot_be_written_is_named(cache, tmp_path):
 
 
 @needs_compiler
-def test_processes_that_start_at_the_same_time(cache, tmp_path):
+def test_several_processes_compile_at_the_same_time(cache, tmp_path):
     folder = source(tmp_path / "part", "int one(void) { return 1; }")
     program = f"""
 from pathlib import Path

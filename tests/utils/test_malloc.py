@@ -1,4 +1,4 @@
-"""Freed memory that stays with the process."""
+"""utils/malloc.py: freed memory stays with the process."""
 
 import platform
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from utils.malloc import disable_malloc_trim
 
-# Page faults of making and freeing 80 MB ten times, in a process that has done so before.
+# Counts page faults while allocating and freeing 80 MB ten times, in a process that has done so before.
 PROGRAM = """
 import resource, sys
 import torch
@@ -26,14 +26,14 @@ print(faults() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc")
-def test_freed_memory_is_used_again():
-    def faults(what: str) -> int:
-        ran = subprocess.run([sys.executable, "-c", PROGRAM, what], capture_output=True, text=True, check=True)
+def test_disable_malloc_trim_keeps_freed_memory():
+    def faults(mode: str) -> int:
+        ran = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True)
         return int(ran.stdout)
 
     assert faults("kept") < 500 < 100_000 < faults("given back")
 
 
-def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+def test_disable_malloc_trim_without_mallopt(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ctypes.pythonapi", object())
     assert not disable_malloc_trim()

@@ -139,7 +139,7 @@ def test_checkpoint_folder_falls_back_by_number_not_by_time(tmp_path: Path, capl
 
 def test_not_finite_names_the_tensor():
     model = {"w": torch.ones(2), "n": torch.tensor(3), "none": torch.zeros(0)}
-    good = {"model": model, "state": {"best": float("-inf")}}
+    good = {"model": model, "state": {"best_metric": float("-inf")}}
     assert not_finite(good) is None
     large = torch.full((3,), 3e38)  # its square is not a number in float32, and it is one
     for bad in (float("nan"), float("inf"), float("-inf")):
