@@ -32,7 +32,7 @@ def test_skipping_has_the_expectation_of_not_skipping():
 @pytest.mark.parametrize("case", [(8, 0.2, 6), (8, 0.05, 8), (1, 0.9, 1), (2, 0.9, 1), (128, 0.1, 115)])
 def test_how_many_are_kept(case: tuple[int, float, int]):
     batch, rate, kept = case
-    assert DropPath(rate, skip=True).kept(batch) == kept
+    assert DropPath(rate, skip=True).num_kept(batch) == kept
 
 
 def test_gradients_reach_the_kept_alone():

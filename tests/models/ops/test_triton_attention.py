@@ -178,19 +178,19 @@ def test_the_kernels_are_tried_before_they_are_relied_upon(monkeypatch):
 
     case = CASE._replace(device=DEVICE)
     state = torch.random.get_rng_state()
-    assert triton_check.fault(case._replace(cosine=True)) == ""
+    assert triton_check.self_test(case._replace(cosine=True)) == ""
     assert torch.equal(torch.random.get_rng_state(), state)
     right = triton_attention.window_attention
     monkeypatch.setattr(triton_attention, "window_attention", lambda *given: right(*given) * 1.01)
-    assert re.fullmatch("its kernels are wrong on this machine: relative error 1.0e-02 .*", triton_check.fault(case))
+    assert re.fullmatch("its kernels are wrong on this machine: relative error 1.0e-02 .*", triton_check.self_test(case))
     monkeypatch.setattr(triton_attention, "window_attention", lambda *given: right(*given) * float("nan"))
-    assert "wrong" in triton_check.fault(case)
+    assert "wrong" in triton_check.self_test(case)
 
     def broken(*given):
         raise RuntimeError("ptxas died")
 
     monkeypatch.setattr(triton_attention, "window_attention", broken)
-    assert triton_check.fault(case) == "its kernels fail on this machine (RuntimeError)"
+    assert triton_check.self_test(case) == "its kernels fail on this machine (RuntimeError)"
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
@@ -211,7 +211,7 @@ def test_what_cannot_be_done_is_said(changes: dict, reason: str):
         assert "it runs on CUDA devices, not on cpu" in triton_check.unsupported_reason(CASE)
     else:
         assert triton_check.unsupported_reason(CASE) == ""
-        assert re.search(reason, triton_attention.unsupported(CASE._replace(**changes)))
+        assert re.search(reason, triton_attention.unsupported_spec(CASE._replace(**changes)))
 
 
 def test_without_triton(monkeypatch):
