@@ -8,6 +8,7 @@ window, `nH` heads, `d` head dimension.
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ def window_attention(
     Raises:
         ValueError: no implementation of that name.
     """
-    spec = AttentionSpec(
+    selected = _select(
+        impl,
         device=qkv.device.type,
         dtype=qkv.dtype,
         window=windows.window,
@@ -66,7 +68,7 @@ def window_attention(
         dropout=dropout_p > 0,
         cyclic=windows.cyclic,
     )
-    return get_implementation(select_implementation(impl, spec))(qkv, bias, windows, scale, dropout_p)
+    return get_implementation(selected)(qkv, bias, windows, scale, dropout_p)
 
 
 def get_implementation(name: str) -> Callable[[Tensor, Tensor, ShiftedWindows, float | Tensor, float], Tensor]:
@@ -78,7 +80,6 @@ def get_implementation(name: str) -> Callable[[Tensor, Tensor, ShiftedWindows, f
     return {"reference": reference, "sdpa": sdpa, "native": native_attention}[name].window_attention
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it while tracing, so that its log line is not lost
 def select_implementation(impl: str, spec: AttentionSpec) -> str:
     """Returns the name of the implementation to use. Each choice is logged once.
 
@@ -113,6 +114,12 @@ def select_implementation(impl: str, spec: AttentionSpec) -> str:
     purpose = "training" if spec.gradients else "inference"
     _log_once(logging.INFO, f"Window attention for {purpose} on {device}: {selected} ({request})")
     return selected
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it while tracing, so that its log line is not lost
+def _select(impl: str, **fields: Any) -> str:
+    """Calls `select_implementation` with an AttentionSpec of `fields`, which Dynamo cannot build while tracing."""
+    return select_implementation(impl, AttentionSpec(**fields))
 
 
 @functools.cache

@@ -83,7 +83,7 @@ def test_positions_alone_drop_attention_in_training_only():
 
 
 def test_unknown_treatment_of_positions():
-    with pytest.raises(ValueError, match="relative is 'learnt', not one of added, none, alone"):
+    with pytest.raises(ValueError, match="relative is 'learnt', not one of bias, none, bias_only"):
         WindowAttention(8, 2, (4, 4), 2, shifted=False, relative="learnt")
 
 
