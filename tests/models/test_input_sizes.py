@@ -31,16 +31,21 @@ def attend_by_token(model: SwinTransformer, prefix: str, x: Tensor, heads: int, 
     for i, j in itertools.product(range(height), range(width)):
         in_rows, in_columns = (rows == rows[i]).nonzero()[:, 0], (columns == columns[j]).nonzero()[:, 0]
         visible = in_rows.repeat_interleave(len(in_columns)), in_columns.repeat(len(in_rows))
-        bias = table[
-            (i - visible[0] + window - 1) * (2 * window - 1) + (j - visible[1] + window - 1)
-        ]  # (tokens, heads)
+        offsets = (i - visible[0] + window - 1) * (2 * window - 1) + (j - visible[1] + window - 1)
+        bias = table[offsets]  # (tokens, heads)
         for h, part in enumerate(torch.arange(dim).chunk(heads)):
             scores = k[visible][:, part] @ q[i, j, part] / len(part) ** 0.5 + bias[:, h]
             out[i, j, part] = scores.softmax(0) @ v[visible][:, part]
     return F.linear(out, weights[prefix + "proj.weight"], weights[prefix + "proj.bias"])
 
 
-def network_by_token(model: SwinTransformer, image: Tensor, depths, num_heads, windows) -> Tensor:
+def network_by_token(
+    model: SwinTransformer,
+    image: Tensor,
+    depths: tuple[int, ...],
+    num_heads: tuple[int, ...],
+    windows: tuple[int, ...],
+) -> Tensor:
     """Computes the logits of an image (3, height, width) without windows, padding and mask. `windows` is per stage."""
     weights = dict(model.named_parameters())
 
