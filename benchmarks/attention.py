@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import WindowAttention
-from models.ops.window import MASKED, ShiftedWindows, padded_length, window_grid, window_partition
+from models.ops.window import MASK_VALUE, ShiftedWindows, padded_length, window_grid, window_partition
 
 
 class PaddedWindows(ShiftedWindows):
@@ -43,7 +43,7 @@ class PaddedWindows(ShiftedWindows):
         real = F.pad(torch.ones(1, height, width, 1, device=device), (0, 0, left, right, top, bottom))
         real = window_partition(real, self.window)[0, :, :, 0]  # (nW, N)
         apart = real[:, :, None] != real[:, None, :]
-        return torch.zeros(apart.shape, device=device).masked_fill(apart, MASKED)
+        return torch.zeros(apart.shape, device=device).masked_fill(apart, MASK_VALUE)
 
     def columns(self, width: int) -> int:
         left, right = self.margins(width, width)[1]
@@ -94,7 +94,7 @@ class SlidingWindowAttention(nn.Module):
         scores = torch.einsum("bhdn,bhdmn->bhmn", q * self.scale, k)
         outside = self.neighbours(x.new_ones(1, 1, height, width))[0, 0] == 0  # (M², H·W)
         bias = self.relative_position_bias_table[self.bias_index].T[:, :, None]  # (nH, M², 1)
-        weights = (scores + bias).masked_fill(outside, MASKED).softmax(dim=2)
+        weights = (scores + bias).masked_fill(outside, MASK_VALUE).softmax(dim=2)
         out = torch.einsum("bhmn,bhdmn->bhdn", weights, v)  # (B, nH, d, H·W)
         return self.proj(out.flatten(1, 2).transpose(1, 2).unflatten(1, (height, width)))
 

@@ -1,6 +1,7 @@
-"""Attention within shifted windows, as a module that takes a token map and gives one back.
+"""Attention within shifted windows, as a module that maps a token map to a token map.
 
-Shapes: `B` batch, `H W` token grid, `C` channels, `nW` windows, `N` tokens in a window, `nH` heads, `d` head width.
+Shapes: `B` batch, `H W` token grid, `C` channels, `nW` windows, `M` side of a window, `N` tokens in a window, `nH`
+heads, `d` head dimension.
 """
 
 import torch
@@ -11,22 +12,22 @@ from models.ops.dispatch import window_attention
 from models.ops.reference import accumulate_dtype, attn_bias, merge_heads, partition_heads
 from models.ops.window import ShiftedWindows, relative_position_index
 
-RELATIVE = ("added", "none", "alone")  # what `WindowAttention` can make of relative positions
+RELATIVE = ("bias", "none", "bias_only")
 
 
 class ShiftedWindowAttention(nn.Module):
-    """What V1 and V2 have in common: project the map, attend within its windows, project again.
+    """The common part of V1 and V2: project the map, attend within its windows, project again.
 
-    The projections are of each token alone, so only the operation between them cuts the map, and may instead find the
-    windows' tokens where they lie. A subclass has `qkv`, `proj` and `proj_drop`, and what attention is in `attend`.
+    The projections act on each token alone, so only the operation between them depends on the windows, and a fast
+    implementation need not move tokens to form them. A subclass defines `qkv`, `proj`, `proj_drop` and `attend`.
 
     Args:
         num_heads: nH.
-        map_size: (H, W) of the maps to expect.
-        window: side of a window, in tokens; shrinks to the map where that is smaller.
+        map_size: expected (H, W).
+        window: side of a window, in tokens; shrinks to the map if that is smaller.
         shifted: whether the windows are displaced by half their side.
         attn_drop: dropout of the attention weights.
-        impl: how it is computed, see `models.ops.dispatch.window_attention`.
+        impl: implementation, see `models.ops.dispatch.window_attention`.
     """
 
     def __init__(
@@ -43,22 +44,22 @@ class ShiftedWindowAttention(nn.Module):
         return self.proj_drop(self.proj(self.attend(x, self.attn_drop if self.training else 0.0)))
 
     def attend(self, x: Tensor, dropout_p: float) -> Tensor:
-        """What the heads read in the windows of a map: (B, H, W, C) to (B, H, W, C)."""
+        """Computes the outputs of all heads, before the last projection: (B, H, W, C) to (B, H, W, C)."""
         raise NotImplementedError
 
-    def heads(self, projected: Tensor) -> Tensor:
-        """Sees (B, H, W, parts · C), such as queries, keys and values, as (B, H, W, parts, nH, d)."""
+    def unflatten_heads(self, projected: Tensor) -> Tensor:
+        """Views P projections (B, H, W, P · C), such as queries, keys and values, as (B, H, W, P, nH, d)."""
         return projected.unflatten(-1, (-1, self.num_heads, self.proj.in_features // self.num_heads))
 
     def gather_relative_bias(self, table: Tensor) -> Tensor:
-        """(nH, N, N): for each pair of tokens what a table ((2·window-1)², nH) says of their offset."""
+        """Gathers the bias (nH, N, N) of each pair of tokens from a table ((2·M-1)², nH) by their offset."""
         index = self.relative_position_index
         bias = table[index.flatten()].unflatten(0, index.shape)  # (N, N, nH)
-        return bias.permute(2, 0, 1).contiguous()  # every window reads it: once in order here, not each time
+        return bias.permute(2, 0, 1).contiguous()  # every window reads it: made contiguous once
 
 
 class WindowAttention(ShiftedWindowAttention):
-    """W-MSA, or SW-MSA where shifted, with a learnt bias for each relative position (section 3.2, equation 4).
+    """W-MSA, or SW-MSA if shifted, with a learnt bias for each relative position (section 3.2, equation 4).
 
     Args:
         dim: C.
@@ -67,9 +68,9 @@ class WindowAttention(ShiftedWindowAttention):
         qkv_bias: whether the projections to queries, keys and values have a bias.
         qk_scale: factor of the products of queries and keys; None for d^-0.5.
         proj_drop: dropout of the output.
-        relative: what becomes of the relative position bias (the ablations of table 4): "added" to the scaled products
-            of queries and keys; "none", there is no bias; "alone", it is all there is: attention depends on positions
-            and not on what stands there, and `qkv` projects to values only.
+        relative: use of the relative position bias (the ablations of table 4). "bias": added to the scaled products of
+            queries and keys. "none": no bias. "bias_only": the bias is the score, so that attention depends on
+            positions and not on content, and `qkv` projects to values only.
     """
 
     def __init__(
@@ -84,31 +85,34 @@ class WindowAttention(ShiftedWindowAttention):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         impl: str = "auto",
-        relative: str = "added",
+        relative: str = "bias",
     ):
         super().__init__(num_heads, map_size, window, shifted, attn_drop, impl)
         if relative not in RELATIVE:
             raise ValueError(f"relative is {relative!r}, not one of {', '.join(RELATIVE)}")
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.relative = relative
-        window = self.windows.window  # downscale, perhaps
+        window = self.windows.window  # may have shrunk to the map
         if relative == "none":
-            self.register_buffer("no_bias", torch.zeros(num_heads, window**2, window**2), persistent=False)
+            self.register_buffer("zero_bias", torch.zeros(num_heads, window**2, window**2), persistent=False)
         else:
             self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
             self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
-        self.qkv = nn.Linear(dim, dim if relative == "alone" else 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, dim if relative == "bias_only" else 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def relative_position_bias(self) -> Tensor:
-        """(nH, N, N), read from the table."""
-        return self.no_bias if self.relative == "none" else self.gather_relative_bias(self.relative_position_bias_table)
+        """Returns the bias (nH, N, N)."""
+        if self.relative == "none":
+            return self.zero_bias
+        return self.gather_relative_bias(self.relative_position_bias_table)
 
     def attend(self, x: Tensor, dropout_p: float) -> Tensor:
-        projected, bias = self.heads(self.qkv(x)), self.relative_position_bias()
-        if self.relative == "alone":
+        """(B, H, W, C) to (B, H, W, C)."""
+        projected, bias = self.unflatten_heads(self.qkv(x)), self.relative_position_bias()
+        if self.relative == "bias_only":
             (v,), mask = partition_heads(projected, self.windows)
             scores = attn_bias(bias, mask)  # ([nW,] nH, N, N), the same for every image
             weights = scores.to(accumulate_dtype(scores.dtype)).softmax(dim=-1)

@@ -1,60 +1,95 @@
-"""The network that every Swin is: patch embedding, stages of blocks, norm, pooling, classifier. What a block is, and
-where the patch merging has its norm, is all that the variants differ in.
+"""The network that all Swins share: patch embedding, stages of blocks, norm, pooling, classifier.
 
-The names and the order of the parameters are those of the released checkpoints.
-Shapes: `B` batch, `H W` token grid, `C` channels. Token maps are (B, H, W, C).
+The variants differ in their blocks and in where patch merging has its norm. Names and order of the parameters are those
+of the released checkpoints.
+Shapes: `B` batch, `H W` token grid, `C` channels, `nH` heads. Token maps are (B, H, W, C).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from models.layers import PatchEmbed, PatchMerging, Stage, init_linear, resize_grid
 
-# (stage from 0, its C, (H, W) of its map, whether this block's windows are shifted, its DropPath) to a block that maps
-# (B, H, W, C) to (B, H, W, C).
-MakeBlock = Callable[[int, int, tuple[int, int], bool, float], nn.Module]
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """The place of a block in the network, and its sizes.
+
+    Attributes:
+        stage: index of its stage, from 0.
+        dim: C.
+        num_heads: nH.
+        map_size: (H, W) of its token map, for images of the expected size.
+        window_size: side of a window, in tokens.
+        shifted: whether its windows are shifted: in every second block of a stage.
+        mlp_ratio: width of the MLP over C.
+        drop_rate: dropout of the MLP and of the attention's output.
+        drop_path_rate: stochastic depth of this block.
+        drop_path_skip: see `models.layers.DropPath`.
+    """
+
+    stage: int
+    dim: int
+    num_heads: int
+    map_size: tuple[int, int]
+    window_size: int
+    shifted: bool
+    mlp_ratio: float
+    drop_rate: float
+    drop_path_rate: float
+    drop_path_skip: bool
 
 
 class Backbone(nn.Module):
     """A Swin of any kind (Swin Transformer, section 3.1, figure 3).
 
     Args:
-        make_block: makes one block, see `MakeBlock`; every second block of a stage is asked to be shifted.
-        img_size: side of the images to expect, in pixels; others are padded as needed.
+        make_block: builds a block that maps (B, H, W, C) to (B, H, W, C).
+        img_size: expected side of the images, in pixels; images of other sizes are padded as needed.
         patch_size: side of a patch, in pixels.
         in_chans: channels of the images.
-        num_classes: outputs of the classifier; 0 for none, the network then gives pooled features.
+        num_classes: outputs of the classifier; 0 for no classifier: the network then returns pooled features.
         embed_dim: C of the first stage; each further stage doubles it.
-        depths: blocks of each stage.
-        drop_rate: dropout after the embedding.
-        drop_path_rate: share of samples for which the last block is skipped; rises linearly from 0 at the first.
+        depths: number of blocks, per stage.
+        num_heads: number of heads, per stage.
+        window_size: side of a window, in tokens.
+        mlp_ratio: width of the MLP over C.
+        drop_rate: dropout after the embedding, of the attention's output and in the MLP.
+        drop_path_rate: stochastic depth of the last block; the rate rises linearly from 0 at the first.
+        drop_path_skip: see `models.layers.DropPath`.
         ape: whether a learnt absolute position embedding is added to the patches.
         patch_norm: whether a LayerNorm follows the patch embedding.
-        use_checkpoint: compute the blocks' branches again in the backward pass instead of keeping what they computed.
-        merging_norm_last: whether patch merging normalises what it gives (V2) or what it gets.
+        use_checkpoint: recompute the branches of the blocks in the backward pass instead of keeping their activations.
+        merging_norm_last: whether patch merging normalizes its output (V2) or its input.
     """
 
     def __init__(
         self,
-        make_block: MakeBlock,
-        img_size: int,
-        patch_size: int,
-        in_chans: int,
-        num_classes: int,
-        embed_dim: int,
-        depths: Sequence[int],
-        drop_rate: float,
-        drop_path_rate: float,
-        ape: bool,
-        patch_norm: bool,
-        use_checkpoint: bool,
+        make_block: Callable[[BlockSpec], nn.Module],
+        *,
+        img_size: int = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        drop_path_skip: bool = False,
+        ape: bool = False,
+        patch_norm: bool = True,
+        use_checkpoint: bool = False,
         merging_norm_last: bool = False,
     ):
         super().__init__()
         self.depths = tuple(depths)
-        side = -(-img_size // patch_size)  # of the token map, rounded up as the embedding pads
+        side = -(-img_size // patch_size)  # of the token map; rounded up, because the embedding pads
         self.map_size = (side, side)
         if ape:
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, side * side, embed_dim))
@@ -67,8 +102,23 @@ class Backbone(nn.Module):
         last_block = max(sum(depths) - 1, 1)
         for i, depth in enumerate(depths):
             dim = embed_dim * 2**i
-            rates = [drop_path_rate * (sum(depths[:i]) + j) / last_block for j in range(depth)]
-            blocks = [make_block(i, dim, (side, side), j % 2 == 1, rate) for j, rate in enumerate(rates)]
+            blocks = [
+                make_block(
+                    BlockSpec(
+                        stage=i,
+                        dim=dim,
+                        num_heads=num_heads[i],
+                        map_size=(side, side),
+                        window_size=window_size,
+                        shifted=j % 2 == 1,
+                        mlp_ratio=mlp_ratio,
+                        drop_rate=drop_rate,
+                        drop_path_rate=drop_path_rate * (sum(depths[:i]) + j) / last_block,
+                        drop_path_skip=drop_path_skip,
+                    )
+                )
+                for j in range(depth)
+            ]
             downsample = PatchMerging(dim, merging_norm_last) if i < len(depths) - 1 else None
             self.layers.append(Stage(blocks, downsample, use_checkpoint))
             side = -(-side // 2)
@@ -76,10 +126,15 @@ class Backbone(nn.Module):
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self.apply(init_linear)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, height, width) to the first token map (B, H, W, C), with positions if they are learnt.
+    def blocks(self) -> Iterator[nn.Module]:
+        """Iterates over the blocks of all stages, from the input to the output."""
+        for stage in self.layers:
+            yield from stage.blocks
 
-        Position embeddings learnt on another map are resampled bicubically.
+    def embed(self, x: Tensor) -> Tensor:
+        """Maps images (B, in_chans, height, width) to the first token map (B, H, W, C), absolute positions included.
+
+        The position embedding is resampled bicubically for a map of another size.
         """
         x = self.patch_embed(x)
         if self.absolute_pos_embed is not None:
@@ -88,15 +143,15 @@ class Backbone(nn.Module):
         return self.pos_drop(x)
 
     def forward_features(self, x: Tensor, out_indices: Sequence[int] | None = None) -> Tensor | list[Tensor]:
-        """What the stages make of images (B, in_chans, height, width).
+        """Computes the feature maps of images (B, in_chans, height, width).
 
         Args:
-            out_indices: the stages wanted, counted from 0, as a pyramid for dense prediction; None for the last
-                stage alone, normalised, as the classifier takes it.
+            out_indices: the stages to return, from 0, as a pyramid for dense prediction; None for the normalized map
+                of the last stage, the input of the pooling and the classifier.
 
         Returns:
-            The last map (B, H, W, C); or, with `out_indices`, for each of them the map (B, C, H, W) before its patch
-            merging and without a norm, of stride 4, 8, 16, 32 for stages 0 to 3 and patches of 4.
+            The last map (B, H, W, C); or, for each of `out_indices`, the map (B, C, H, W) before patch merging and
+            without a norm, of stride 4, 8, 16, 32 for stages 0 to 3 and patches of 4.
 
         Raises:
             ValueError: no such stage.
@@ -115,20 +170,20 @@ class Backbone(nn.Module):
         return [stages[i] for i in out_indices]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, height, width) to logits (B, num_classes), or pooled features (B, C) without a head."""
+        """Maps images (B, in_chans, height, width) to logits (B, num_classes), without a head to features (B, C)."""
         return self.head(self.forward_features(x).mean(dim=(1, 2)))
 
     def no_weight_decay(self) -> set[str]:
-        """Parts of the names of the matrices that are exempt from weight decay."""
+        """Returns parts of the names of the matrices that are exempt from weight decay."""
         return {"absolute_pos_embed"}
 
     @property
     def num_layer_ids(self) -> int:
-        """How many different values `get_layer_id` has: the embedding, each block, and what follows the last."""
+        """Number of values of `get_layer_id`: the embedding, each block, and the layers after the last block."""
         return sum(self.depths) + 2
 
     def get_layer_id(self, name: str) -> int:
-        """How deep the parameter `name` lies, from 0, for learning rates that fall towards the input."""
+        """Returns the depth of the parameter `name`, from 0, for layer-wise learning-rate decay."""
         parts = name.split(".")
         if parts[0] in ("absolute_pos_embed", "patch_embed"):
             return 0

@@ -1,4 +1,4 @@
-"""The parts of every Swin: patch embedding, patch merging, MLP, DropPath, stage; and resizing what is learnt on a grid.
+"""The layers that all Swins share: patch embedding, patch merging, MLP, DropPath, stage; and grid resampling.
 
 Shapes: `B` batch, `H W` token grid, `C` channels. Token maps are (B, H, W, C).
 """
@@ -9,14 +9,16 @@ from collections.abc import Callable
 import torch
 from timm.layers import drop_path
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
 def init_linear(module: nn.Module) -> None:
-    """Initialises a linear layer as the released models were: weights normal (0.02, cut at ±2), biases zero.
+    """Initialises a linear layer like the released models: weights normal (std 0.02, truncated at ±2), biases zero.
 
-    A Conv1d of length 1, as in Swin-MLP, is a linear layer too; the Conv2d of the patch embedding keeps PyTorch's.
+    A Conv1d of length 1, as in Swin-MLP, is a linear layer too. The Conv2d of the patch embedding keeps PyTorch's
+    initialisation.
     """
     if isinstance(module, nn.Linear | nn.Conv1d):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -25,7 +27,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 def resize_grid(values: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Resamples (old H · old W, C) values that lie on a grid, bicubically, to (new H · new W, C)."""
+    """Resamples values on a grid, (old H · old W, C), bicubically to (new H · new W, C)."""
     if old == new:
         return values
     grid = values.T.reshape(1, -1, *old)  # (1, C, H, W)
@@ -36,8 +38,8 @@ class PatchEmbed(nn.Module):
     """Patch partition and linear embedding (section 3.1): (B, in_chans, height, width) to (B, H, W, C).
 
     An image whose sides are not multiples of the patch is padded with zeros at the bottom and on the right. Patches do
-    not overlap, so the convolution that the released weights are for is one matrix product over them; it leaves each
-    token's channels side by side, where the LayerNorm wants them.
+    not overlap, so the convolution of the released models is computed as one matrix product. Its output is
+    channels-last, as the LayerNorm needs it.
 
     Args:
         patch_size: side of a patch, in pixels.
@@ -53,9 +55,10 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        down, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
-        if down or right:
-            x = F.pad(x, (0, right, 0, down))
+        """(B, in_chans, height, width) to (B, H, W, C)."""
+        bottom, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
+        if bottom or right:
+            x = F.pad(x, (0, right, 0, bottom))
         p = self.patch_size
         x = x.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # (B, in_chans, H, p, W, p)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, H, W, in_chans·p·p), in the order of the weights
@@ -69,7 +72,7 @@ class PatchMerging(nn.Module):
 
     Args:
         dim: C.
-        norm_last: whether the LayerNorm follows the linear layer, as everywhere in V2, or precedes it.
+        norm_last: whether the LayerNorm follows the linear layer, as in V2, or precedes it.
     """
 
     def __init__(self, dim: int, norm_last: bool = False):
@@ -79,33 +82,36 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(2 * dim if norm_last else 4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        down, right = x.shape[1] % 2, x.shape[2] % 2
-        if down or right:
-            x = F.pad(x, (0, 0, 0, right, 0, down))
-        # The four tokens of a 2×2 square, down the columns first: that order is learnt into the weights.
+        """(B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, 2C)."""
+        bottom, right = x.shape[1] % 2, x.shape[2] % 2
+        if bottom or right:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        # The four tokens of a 2×2 square, down the columns first: the released weights expect this order.
         x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], dim=-1)  # (B, H/2, W/2, 4C)
         return self.norm(self.reduction(x)) if self.norm_last else self.reduction(self.norm(x))
 
 
 class GeluLinearRecompute(torch.autograd.Function):
-    """linear(gelu(x)), as F.linear(F.gelu(x), weight, bias) computes it, which keeps x for the backward pass and not
-    gelu(x) as well: the widest map of a block is computed again, by the element, instead of held twice.
+    """Computes F.linear(F.gelu(x), weight, bias), but keeps only x for the backward pass and recomputes gelu(x).
+
+    That saves the memory of one activation of the MLP's hidden width, the largest of a block.
     """
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(..., hidden) to (..., C)."""
         return F.linear(F.gelu(x), weight, bias)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)  # (tokens, C)
-        of_x = torch.ops.aten.gelu_backward((rows @ weight).view(x.shape), x)
-        return of_x, rows.T @ F.gelu(x).flatten(0, -2), rows.sum(0)
+        rows = grad_out.flatten(0, -2)  # (tokens, C)
+        grad_x = torch.ops.aten.gelu_backward((rows @ weight).view(x.shape), x)
+        return grad_x, rows.T @ F.gelu(x).flatten(0, -2), rows.sum(0)
 
 
 class Mlp(nn.Module):
@@ -119,23 +125,25 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
-        """(..., C) to (..., C). Nothing is gained by holding less where all is `recompute`d in the backward pass."""
+        """(..., C) to (..., C). With `recompute`, the caller checkpoints this module: saving memory is left to it."""
         x = self.fc1(x)
         if recompute or self.drop.p > 0 or not torch.is_grad_enabled():
             return self.drop(self.fc2(self.drop(self.act(x))))
-        # Under autocast x is what fc1 made of it; the casts are outside, so that they have their own gradients.
+        # Under autocast, x has the dtype of fc1's output. The casts are outside, so that autograd handles them.
         return GeluLinearRecompute.apply(x, self.fc2.weight.to(x.dtype), self.fc2.bias.to(x.dtype))
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016) around a branch: x + branch(x), where a sample in training goes without its
-    branch with probability `rate`, and the branches that stay are scaled so that the expectation is the same.
+    """Stochastic depth (Huang et al., 2016) of a residual branch: x + branch(x).
+
+    In training, a sample loses its branch with probability `rate`, and the remaining branches are scaled so that the
+    expectation is the same.
 
     Args:
-        rate: share of the samples that go without.
-        skip: compute the branch only for those that keep it. It differs from the default: every batch then drops the
-            same number of samples, B · rate rounded, instead of each sample by a draw of its own; a batch too small
-            for that share to round to a sample drops none.
+        rate: fraction of the samples whose branch is dropped.
+        skip: compute the branch only for the samples that keep it. This differs from the default: every batch drops
+            the same number of samples, B · rate rounded, instead of an independent draw per sample. A batch so small
+            that this rounds to 0 drops none.
     """
 
     def __init__(self, rate: float, skip: bool = False):
@@ -144,10 +152,11 @@ class DropPath(nn.Module):
         self.skip = skip
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], recompute: bool = False) -> Tensor:
-        """(B, ...) and a function of it that keeps the shape, to x + branch(x) with some samples' branches dropped.
+        """Returns x + branch(x) for x (B, ...), with the branches of some samples dropped. `branch` keeps the shape.
 
-        To `recompute` is to keep nothing of the branch but its input until the backward pass. Branch by branch, the
-        last product of each is not computed again, for nothing in the backward pass needs what it gave.
+        With `recompute`, only the branch's input is kept for the backward pass. Because the checkpoint is around the
+        branch and not the block, the last product of each branch is not recomputed: the backward pass does not need
+        its output.
         """
         if recompute:
             branch = functools.partial(checkpoint, branch, use_reentrant=False)
@@ -155,30 +164,30 @@ class DropPath(nn.Module):
             return x + branch(x)
         if not self.skip:
             return x + drop_path(branch(x), self.rate, training=True)
-        kept = self.kept(x.shape[0])
-        if kept == x.shape[0]:
+        num_kept = self.num_kept(x.shape[0])
+        if num_kept == x.shape[0]:
             return x + branch(x)
-        rows = torch.rand(x.shape[0], device=x.device).argsort()[:kept]
-        # Each row is there at most once, so that the sum has no order in which it could vary.
-        out = branch(x.index_select(0, rows))
-        accumulate_dtype = torch.promote_types(x.dtype, out.dtype)  # as in x + out
-        return x.to(accumulate_dtype).index_add(0, rows, out.to(accumulate_dtype), alpha=x.shape[0] / kept)
+        kept = torch.rand(x.shape[0], device=x.device).argsort()[:num_kept]
+        out = branch(x.index_select(0, kept))
+        dtype = torch.promote_types(x.dtype, out.dtype)  # as in x + out
+        # Deterministic: no index occurs twice.
+        return x.to(dtype).index_add(0, kept, out.to(dtype), alpha=x.shape[0] / num_kept)
 
-    def kept(self, batch: int) -> int:
-        """How many of `batch` samples keep their branch: at least one, and the same for every batch of that size."""
-        return max(1, batch - round(batch * self.rate))
+    def num_kept(self, batch_size: int) -> int:
+        """Returns how many samples keep their branch: at least one, and the same for every batch of that size."""
+        return max(1, batch_size - round(batch_size * self.rate))
 
     def extra_repr(self) -> str:
         return f"{self.rate:g}" + (", skip" if self.skip else "")
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, then the step down to the next.
+    """Blocks at one resolution, then the patch merging (`BasicLayer` in the original code).
 
     Args:
-        blocks: modules that map (B, H, W, C) to (B, H, W, C), and know how to `recompute` their branches.
-        downsample: module that makes the next stage's map, or None at the last stage.
-        use_checkpoint: compute the branches again in the backward pass instead of keeping what they computed.
+        blocks: modules that map (B, H, W, C) to (B, H, W, C) and take `recompute`.
+        downsample: module that computes the next stage's map; None in the last stage.
+        use_checkpoint: recompute the branches in the backward pass instead of keeping their activations.
     """
 
     def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None, use_checkpoint: bool):
@@ -188,7 +197,7 @@ class Stage(nn.Module):
         self.use_checkpoint = use_checkpoint
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the map after the blocks (B, H, W, C), and what the next stage gets (the same after the last one)."""
+        """Returns the map after the blocks (B, H, W, C) and the next stage's input, in the last stage the same map."""
         for block in self.blocks:
             x = block(x, recompute=self.use_checkpoint and torch.is_grad_enabled())
         return x, x if self.downsample is None else self.downsample(x)

@@ -1,16 +1,18 @@
-"""Swin-MLP, the original project's MLP with shifted windows: what differs from V1. In place of attention, each head has
-one learnt matrix that mixes the tokens of a window, and windows are shifted by padding instead of rolling.
+"""Swin-MLP, the original project's MLP with shifted windows.
 
-The names and the order of the parameters are those of the released checkpoints.
-Shapes: `B` batch, `H W` token grid, `C` channels, `nW` windows, `N` tokens in a window, `nH` heads, `d` head width.
+The differences from V1: instead of attention, each head has one learnt matrix that mixes the tokens of a window, and
+windows are shifted by padding instead of rolling. Names and order of the parameters are those of the released
+checkpoints.
+Shapes: `B` batch, `H W` token grid, `C` channels, `nW` windows, `N` tokens in a window, `nH` heads, `d` head dimension.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Backbone
+from models.backbone import Backbone, BlockSpec
 from models.layers import DropPath, Mlp
 from models.ops.window import axis_shift, padded_length, window_partition, window_reverse
 
@@ -18,13 +20,13 @@ from models.ops.window import axis_shift, padded_length, window_partition, windo
 class SpatialMlp(nn.Conv1d):
     """Mixes the tokens of each window, head by head, with weights (nH·N, N, 1) and biases (nH·N,).
 
-    A map is padded with zeros at the bottom and on the right to whole windows; where shifted, also by all but the shift
-    at the top and on the left. Padded tokens are zeros like any others: nothing is masked.
+    A map is padded with zeros at the bottom and on the right to whole windows; if shifted, also by window - shift at
+    the top and on the left. Padding takes part in the mixing as zeros: nothing is masked.
 
     Args:
         num_heads: nH, a divisor of C.
-        map_size: (H, W) of the maps to expect.
-        window: side of a window, in tokens; shrinks to the map where that is smaller.
+        map_size: expected (H, W).
+        window: side of a window, in tokens; shrinks to the map if that is smaller.
         shifted: whether the windows are displaced by half their side.
     """
 
@@ -38,8 +40,8 @@ class SpatialMlp(nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
         height, width = x.shape[1:3]
-        top, bottom = self.margins(height)
-        left, right = self.margins(width)
+        top, bottom = self.axis_padding(height)
+        left, right = self.axis_padding(width)
         x = F.pad(x, (0, 0, left, right, top, bottom))
         windows = window_partition(x, self.window).unflatten(-1, (self.num_heads, -1))  # (B, nW, N, nH, d)
         rows = windows.transpose(2, 3).flatten(2, 3)  # (B, nW, nH·N, d)
@@ -48,23 +50,23 @@ class SpatialMlp(nn.Conv1d):
         x = window_reverse(windows, self.window, x.shape[1], x.shape[2])
         return x[:, top : top + height, left : left + width]
 
-    def margins(self, length: int) -> tuple[int, int]:
-        """Zeros before and after an axis of `length` tokens. As in V1, a single window is not shifted."""
+    def axis_padding(self, length: int) -> tuple[int, int]:
+        """Returns the padding before and after an axis of `length` tokens. As in V1, a single window is not shifted."""
         shift = axis_shift(length, self.window, self.shift)
         before = self.window - shift if shift else 0
         return before, padded_length(before + length, self.window) - before - length
 
 
 class SwinMLPBlock(nn.Module):
-    """Mixing of tokens, then an MLP on each, both after a LayerNorm and around a shortcut."""
+    """Mixing of tokens, then an MLP on each token, both after a LayerNorm and with a shortcut."""
 
-    def __init__(self, dim: int, spatial_mlp: SpatialMlp, mlp_ratio: float, drop: float, drop_path: float):
+    def __init__(self, spec: BlockSpec, spatial_mlp: SpatialMlp):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(spec.dim)
         self.spatial_mlp = spatial_mlp
-        self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.drop_path = DropPath(spec.drop_path_rate, spec.drop_path_skip)
+        self.norm2 = nn.LayerNorm(spec.dim)
+        self.mlp = Mlp(spec.dim, int(spec.dim * spec.mlp_ratio), spec.drop_rate)
 
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
@@ -76,34 +78,18 @@ class SwinMLP(Backbone):
     """Swin-MLP.
 
     Args:
-        drop_rate: dropout after the embedding and in the MLPs.
-        All others: see `models.swin_transformer.SwinTransformer`.
+        img_size, num_heads, window_size, **backbone: see `models.backbone.Backbone`.
     """
 
     def __init__(
         self,
+        *,
         img_size: int = 256,
-        patch_size: int = 4,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        embed_dim: int = 96,
-        depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (4, 8, 16, 32),
         window_size: int = 8,
-        mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.1,
-        ape: bool = False,
-        patch_norm: bool = True,
-        use_checkpoint: bool = False,
+        **backbone: Any,
     ):
-        def make_block(
-            stage: int, dim: int, map_size: tuple[int, int], shifted: bool, drop_path: float
-        ) -> SwinMLPBlock:
-            spatial_mlp = SpatialMlp(num_heads[stage], map_size, window_size, shifted)
-            return SwinMLPBlock(dim, spatial_mlp, mlp_ratio, drop_rate, drop_path)
+        def make_block(spec: BlockSpec) -> SwinMLPBlock:
+            return SwinMLPBlock(spec, SpatialMlp(spec.num_heads, spec.map_size, spec.window_size, spec.shifted))
 
-        super().__init__(
-            make_block, img_size, patch_size, in_chans, num_classes, embed_dim, depths, drop_rate, drop_path_rate, ape,
-            patch_norm, use_checkpoint,
-        )  # fmt: skip
+        super().__init__(make_block, img_size=img_size, num_heads=num_heads, window_size=window_size, **backbone)

@@ -1,6 +1,6 @@
-"""Any model of timm, made to answer what training asks of a model: what does not decay, and how deep a parameter lies.
+"""Builds any model of timm, with the methods that the optimizer calls: `no_weight_decay` and `get_layer_id`.
 
-Nothing is wrapped: parameters keep timm's names, so timm's weights load as they are.
+The model is not wrapped: parameters keep timm's names, so timm's weights load without conversion.
 """
 
 import fnmatch
@@ -25,17 +25,18 @@ def build_timm_model(
     drop_path_rate: float = 0.0,
     use_checkpoint: bool = False,
 ) -> nn.Module:
-    """timm's model `name`, freshly initialised, with the methods `no_weight_decay` and `get_layer_id` of `Backbone`.
+    """Builds timm's model `name`, freshly initialised, with `no_weight_decay` and `get_layer_id` as in `Backbone`.
 
-    What a model has no use for (many convolutional ones have no stochastic depth) is left out, with a line in the log.
+    Arguments that the model does not take are left out, with a warning: many convolutional models have no stochastic
+    depth.
 
     Args:
         name: as in timm.list_models(), such as "regnety_040" or "vit_base_patch16_384.augreg_in21k_ft_in1k".
         num_classes: outputs of the classifier; 0 for none.
-        img_size: side of the images to expect, in pixels.
+        img_size: expected side of the images, in pixels.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block.
-        use_checkpoint: compute blocks again in the backward pass instead of keeping what they computed.
+        use_checkpoint: recompute blocks in the backward pass instead of keeping their activations.
 
     Raises:
         UserError: timm has no such model, or it cannot be built for this image size.
@@ -43,8 +44,8 @@ def build_timm_model(
     if not timm.is_model(name):
         raise UserError(f"MODEL.NAME {name!r} is no model of timm {timm.__version__}; timm.list_models() names them.")
     optional = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
-    described = timm.get_pretrained_cfg(name)
-    if described is not None and described.input_size[-1] != img_size:
+    pretrained_cfg = timm.get_pretrained_cfg(name)
+    if pretrained_cfg is not None and pretrained_cfg.input_size[-1] != img_size:
         optional["img_size"] = img_size
     model = _create(name, num_classes, optional)
     if use_checkpoint:
@@ -55,33 +56,33 @@ def build_timm_model(
 
 
 def _create(name: str, num_classes: int, optional: dict[str, float]) -> nn.Module:
-    """The model, with those of the `optional` arguments that it takes."""
+    """Creates the model with those of the `optional` arguments that it takes."""
     optional = dict(optional)
     while True:
         try:
             return timm.create_model(name, pretrained=False, num_classes=num_classes, **optional)
         except TypeError as error:
-            refused = next((argument for argument in optional if f"'{argument}'" in str(error)), None)
-            if refused is None:
+            rejected = next((argument for argument in optional if f"'{argument}'" in str(error)), None)
+            if rejected is None:
                 raise
-            value = optional.pop(refused)
-            if value and refused != "img_size":  # convolutions take any size
-                log.warning("timm's %s has no %s: MODEL.%s has no effect", name, refused, refused.upper())
+            value = optional.pop(rejected)
+            if value and rejected != "img_size":  # convolutional models take any size
+                log.warning("timm's %s has no %s: MODEL.%s has no effect", name, rejected, rejected.upper())
         except (AssertionError, ValueError) as error:
             raise UserError(f"timm's {name} cannot be built with {optional}: {error}. Change DATA.IMG_SIZE.") from error
 
 
 def _add_param_group_api(model: nn.Module) -> nn.Module:
-    """Attaches to this model what timm says in other words; its class stays timm's.
+    """Adds `no_weight_decay`, `num_layer_ids` and `get_layer_id`, from timm's own definitions, to this instance.
 
-    `get_layer_id` is missing where timm does not say how its layers follow each other.
+    `num_layer_ids` and `get_layer_id` are missing if timm does not define the order of the layers.
     """
     patterns = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     names = [name for name, _ in model.named_parameters()]
     exempt = frozenset(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
     model.no_weight_decay = functools.partial(frozenset, exempt)
     if hasattr(model, "group_matcher"):
-        depths = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-        model.num_layer_ids = max(depths.values()) + 1
-        model.get_layer_id = functools.partial(operator.getitem, depths)
+        layer_ids = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+        model.num_layer_ids = max(layer_ids.values()) + 1
+        model.get_layer_id = functools.partial(operator.getitem, layer_ids)  # not a lambda: it has to be picklable
     return model

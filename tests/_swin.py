@@ -1,4 +1,4 @@
-"""What the tests of the models share: timm's Swin with weights that are easy to tell apart, and its names here."""
+"""Shared by the tests of models: small models, timm's Swin with distinct weights, and the conversion of its names."""
 
 import torch
 from timm.models import swin_transformer as timm_models
@@ -15,7 +15,7 @@ SIZES = {  # the paper's table 7: embed_dim, depths, num_heads
 
 
 def architecture(size: str, img_size: int = 224, window_size: int = 7, depths: tuple[int, ...] | None = None) -> dict:
-    """Arguments that timm's Swin and this project's have in common."""
+    """Returns arguments that timm's Swin and this project's have in common."""
     embed_dim, full_depths, num_heads = SIZES[size]
     return {
         "embed_dim": embed_dim,
@@ -38,12 +38,12 @@ SMALL = {  # two stages on 32 × 32 pixels that run in milliseconds, without Dro
 
 
 def small(**changes) -> SwinTransformer:
-    """A `SMALL` model with `changes`."""
+    """Builds a `SMALL` model with `changes`."""
     return SwinTransformer(**{**SMALL, **changes})
 
 
 def released_names(block: list[str]) -> list[str]:
-    """The parameters of a released checkpoint of size T with an absolute embedding, in order; `block`: of one block."""
+    """Returns the parameter names of a released Swin-T with absolute embedding, in order. `block`: names of a block."""
     names = ["absolute_pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]
     names += ["patch_embed.norm.weight", "patch_embed.norm.bias"]
     for i, depth in enumerate((2, 2, 6, 2)):
@@ -54,7 +54,7 @@ def released_names(block: list[str]) -> list[str]:
 
 
 def spread(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives every parameter a value that matters: no zero biases, no unit norms, tables that change the attention."""
+    """Randomizes every parameter so that it has an effect: no zero biases, no unit norms, large bias tables."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -69,12 +69,12 @@ def spread(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def timm_swin(num_classes: int = 10, **arguments) -> nn.Module:
-    """timm's Swin with spread weights and DropPath 0."""
+    """Builds timm's Swin with spread weights and DropPath 0."""
     return spread(timm_models.SwinTransformer(num_classes=num_classes, drop_path_rate=0.0, **arguments))
 
 
 def name_here(timm_name: str) -> str:
-    """timm merges patches at the start of the next stage and wraps the classifier."""
+    """Converts a name from timm, which merges patches at the start of the next stage and wraps the classifier."""
     parts = timm_name.split(".")
     if parts[0] == "layers" and parts[2] == "downsample":
         parts[1] = str(int(parts[1]) - 1)
@@ -82,10 +82,12 @@ def name_here(timm_name: str) -> str:
 
 
 def from_timm(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the state dict of timm's model under this project's names."""
     return {name_here(name): value for name, value in model.state_dict().items()}
 
 
-def logits_and_gradients(model: torch.nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def logits_and_gradients(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the logits and the gradients of a fixed linear function of them."""
     model.zero_grad()
     logits = model(images)
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
@@ -93,8 +95,8 @@ def logits_and_gradients(model: torch.nn.Module, images: Tensor) -> tuple[Tensor
     return logits.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    assert found.keys() == expected.keys()
-    for name, right in expected.items():
-        error = ((found[name] - right).norm() / right.norm()).item()
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = ((actual[name] - gradient).norm() / gradient.norm()).item()
         assert error < tolerance, f"{name}: relative error {error:.1e}"

@@ -1,4 +1,4 @@
-"""What the tests of Swin V2 share: timm's V2 and this project's with the same weights, easy to tell apart."""
+"""Shared by the tests of Swin V2: small models and timm's V2, with distinct weights."""
 
 import math
 
@@ -11,12 +11,12 @@ from tests._swin import SMALL, spread
 
 
 def small_v2(**changes) -> SwinTransformerV2:
-    """A `SMALL` model with `changes`."""
+    """Builds a `SMALL` model with `changes`."""
     return SwinTransformerV2(**{**SMALL, **changes})
 
 
 def spread_v2(model: nn.Module, past_limit: float = 6.0) -> nn.Module:
-    """As `spread`, with logit scales around their first value but for the last block's first head: `past_limit`."""
+    """As `spread`, but logit scales are near their initial value, and `past_limit` in the last block's first head."""
     spread(model)
     scales = [parameter for name, parameter in model.named_parameters() if name.endswith("logit_scale")]
     with torch.no_grad():
@@ -27,6 +27,6 @@ def spread_v2(model: nn.Module, past_limit: float = 6.0) -> nn.Module:
 
 
 def timm_swin_v2(num_classes: int = 10, **arguments) -> nn.Module:
-    """timm's V2 with spread weights and DropPath 0."""
+    """Builds timm's V2 with spread weights and DropPath 0."""
     model = timm_models.SwinTransformerV2(num_classes=num_classes, drop_path_rate=0.0, **arguments)
     return spread_v2(model)

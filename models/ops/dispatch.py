@@ -1,13 +1,14 @@
 """Window attention as one operation with several implementations behind one signature.
 
-`reference.py` defines what is right; every other implementation is tested against it, values and gradients.
+`reference.py` is the definition; tests compare every other implementation with it, values and gradients.
 Shapes: `B` batch, `H W` token grid, `C` channels, `nW` windows of an image, `M` side of a window, `N` tokens in a
-window, `nH` heads, `d` head width.
+window, `nH` heads, `d` head dimension.
 """
 
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,15 @@ from torch import Tensor
 from models.ops import native_attention, reference, sdpa, triton_check
 from models.ops.spec import AttentionSpec
 from models.ops.window import ShiftedWindows
+from utils.config.rules import CHOICES
 
 log = logging.getLogger(__name__)
 
-CHOICES = ("auto", "reference", "sdpa", "triton", "native")
-UNSUPPORTED_REASON = {
+IMPLEMENTATIONS = CHOICES["MODEL.ATTN"]
+UNSUPPORTED_REASON: dict[str, Callable[[AttentionSpec], str]] = {  # only of those that do not support every spec
     "triton": triton_check.unsupported_reason,
     "native": native_attention.unsupported_reason,
-}  # of those that cannot do every case
+}
 
 
 def window_attention(
@@ -35,92 +37,89 @@ def window_attention(
 ) -> Tensor:
     """SoftMax(q kᵀ · scale + bias + mask) v in every window (Swin Transformer, section 3.2, equation 4).
 
-    Cutting the map into windows, shifting it, masking and putting it together again are part of the operation, so that
-    an implementation may do without moving anything for them.
+    The operation includes the cyclic shift, the partition into windows, the mask and the merge back into a map, so
+    that an implementation can do these by index arithmetic, without copying.
 
     Args:
-        qkv: (B, H, W, 3, nH, d), queries, keys and values of the map's tokens as the projection lays them out. Places
-            that are added to fill a window are no tokens: what is written there is not seen by any.
+        qkv: (B, H, W, 3, nH, d), queries, keys and values in the layout of the projection. Padding that completes
+            the last windows is masked: its values have no effect.
         bias: (nH, N, N), the relative position bias, one for all windows.
-        windows: how the map is cut; the mask adds 0 where a query may see a key and -100 where it may not.
-        scale: the factor of the products q kᵀ; or (nH,), one for each head, of the cosines of the angles between
-            queries and keys (Swin Transformer V2, section 3.3, equation 2).
-        dropout_p: the share of attention weights set to zero; 0 outside of training.
-        impl: "auto", the fastest on this device, or the name of an implementation, one of CHOICES.
+        windows: how the map is cut. The mask adds 0 where a query may see a key and -100 where it may not.
+        scale: factor of the products q kᵀ; or (nH,), one factor per head of the cosines between queries and keys
+            (Swin Transformer V2, section 3.3, equation 2).
+        dropout_p: fraction of attention weights set to zero; 0 outside of training.
+        impl: one of IMPLEMENTATIONS; "auto" for the fastest on this device.
 
     Returns:
-        (B, H, W, C) in the type of qkv, C = nH · d. Norms and softmax are computed in float32, or float64 where the
-        input is.
+        (B, H, W, C) in the dtype of qkv, C = nH · d. Norms and softmax are computed in float32, or in float64 for
+        float64 inputs.
 
     Raises:
         ValueError: no implementation of that name.
     """
-    needs_gradients = torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad)
-    chosen = choose(
+    selected = _select(
         impl,
-        qkv.device.type,
-        qkv.dtype,
-        windows.window,
-        qkv.shape[-1],
+        device=qkv.device.type,
+        dtype=qkv.dtype,
+        window=windows.window,
+        head_dim=qkv.shape[-1],
         cosine=isinstance(scale, Tensor),
-        gradients=needs_gradients,
+        gradients=torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad),
         dropout=dropout_p > 0,
         cyclic=windows.cyclic,
     )
-    return implementation(chosen)(qkv, bias, windows, scale, dropout_p)
+    return get_implementation(selected)(qkv, bias, windows, scale, dropout_p)
 
 
-def implementation(name: str) -> Callable[[Tensor, Tensor, ShiftedWindows, float | Tensor, float], Tensor]:
-    """The function of the implementation `name`: `window_attention` without the choice."""
+def get_implementation(name: str) -> Callable[[Tensor, Tensor, ShiftedWindows, float | Tensor, float], Tensor]:
+    """Returns the function of an implementation: `window_attention` without `impl`."""
     if name == "triton":
-        from models.ops import triton_attention  # Triton takes its time, and exists on Linux only
+        from models.ops import triton_attention  # Triton is slow to import, and exists on Linux only
 
         return triton_attention.window_attention
     return {"reference": reference, "sdpa": sdpa, "native": native_attention}[name].window_attention
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it while tracing, so that its log line is not lost
-def choose(
-    impl: str,
-    device: str,
-    dtype: torch.dtype,
-    window: int,
-    width: int,
-    cosine: bool,
-    gradients: bool,
-    dropout: bool,
-    cyclic: bool,
-) -> str:
-    """The name of the implementation that `impl` means for a `Case`. Each answer is logged once.
+def select_implementation(impl: str, spec: AttentionSpec) -> str:
+    """Returns the name of the implementation to use. Each choice is logged once.
 
-    `auto` is the Triton kernels on CUDA in half precision, chosen by the bytes that each path moves (docs/reports/STEP.md), and
-    the native code on the CPU; where these cannot do the case, or fail their own test, SDPA, or the reference where
-    gradients are needed on the CPU: PyTorch's fused kernel has none for the bias there and takes a slower path. On the
-    meta device, where operations are counted, the reference shows each product.
+    `auto` is the Triton kernels on CUDA in half precision, chosen by the bytes that each path moves
+    (docs/reports/STEP.md), and the native code on the CPU. Where these do not support `spec`, or fail their self-test,
+    SDPA is used; on the CPU with gradients, the reference, because PyTorch's fused kernel has no gradient for the bias
+    there and takes a slower path. On the meta device, where operations are counted, the reference shows each product.
 
     Raises:
-        ValueError: `impl` is not one of CHOICES.
+        ValueError: `impl` is not one of IMPLEMENTATIONS.
     """
-    if impl not in CHOICES:
-        raise ValueError(f"unknown attention implementation {impl!r}; choose from {', '.join(CHOICES)}")
-    case = AttentionSpec(device, dtype, window, width, cosine, gradients, dropout, cyclic)
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown attention implementation {impl!r}; choose from {', '.join(IMPLEMENTATIONS)}")
+    device = spec.device
     if device == "meta":
         return "sdpa" if impl == "sdpa" else "reference"
-    plain = "reference" if device == "cpu" and gradients else "sdpa"  # can do every case
-    best = {"cuda": "triton", "cpu": "native"}.get(device, plain)
-    if impl == "auto" and (best != "triton" or dtype in (torch.bfloat16, torch.float16)):
-        chosen = best
-    else:
-        chosen = plain if impl == "auto" else impl
-    reason = UNSUPPORTED_REASON[chosen](case) if chosen in UNSUPPORTED_REASON else ""
+    fallback = "reference" if device == "cpu" and spec.gradients else "sdpa"  # these support every spec
+    fastest = {"cuda": "triton", "cpu": "native"}.get(device, fallback)
+    if fastest == "triton" and spec.dtype not in (torch.bfloat16, torch.float16):
+        fastest = fallback
+    selected = fastest if impl == "auto" else impl
+    request = f"requested: {impl}"
+    reason = UNSUPPORTED_REASON[selected](spec) if selected in UNSUPPORTED_REASON else ""
     if reason:
-        reason, chosen = f"{chosen} cannot: {reason}", plain
+        request = f"{request}; {selected} is not supported: {reason}"
         if impl != "auto":
-            _log_once(logging.WARNING, f"MODEL.ATTN {reason}. Window attention is computed by {plain} instead.")
-    purpose = "training" if gradients else "inference"
-    asked = f"asked for: {impl}; {reason}" if reason else f"asked for: {impl}"
-    _log_once(logging.INFO, f"Window attention for {purpose} on {device}: {chosen} ({asked})")
-    return chosen
+            _log_once(
+                logging.WARNING,
+                f"MODEL.ATTN {impl} is not supported: {reason}. Window attention is computed by {fallback} instead.",
+            )
+        selected = fallback
+    purpose = "training" if spec.gradients else "inference"
+    _log_once(logging.INFO, f"Window attention for {purpose} on {device}: {selected} ({request})")
+    return selected
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it while tracing, so that its log line is not lost
+def _select(impl: str, **fields: Any) -> str:
+    """Calls `select_implementation` with an AttentionSpec of `fields`, which Dynamo cannot build while tracing."""
+    return select_implementation(impl, AttentionSpec(**fields))
 
 
 @functools.cache

@@ -1,8 +1,10 @@
-"""Window attention on the CPU by `native_code/`, as a custom operator that `torch.compile` takes as a whole.
+"""Window attention on the CPU by the C++ code in `native/`, as a custom operator that `torch.compile` does not split.
 
-The operator `swin::native_attention` has a gradient, `swin::native_attention_backward`; both say what shapes they give
-without running. Results are the same bits from run to run and for any number of threads: every window is computed by
-one thread, and sums over windows are made in shares whose number does not depend on the threads.
+`swin::native_attention` has the gradient `swin::native_attention_backward`. Results are bitwise equal from run to run
+and for any number of threads: one thread computes a window, and sums over windows are made in splits whose number does
+not depend on the number of threads.
+Shapes: `B` batch, `H W` token grid, `C` channels, `M` side of a window, `N` tokens in a window, `nH` heads, `d` head
+dimension.
 """
 
 import ctypes
@@ -14,13 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.ops.custom_op import dispatch, register_autograd
-from models.ops.spec import AttentionSpec
+from models.ops.spec import AttentionSpec, unsupported_by_fused_kernel
+from models.ops.window import ShiftedWindows
 from utils.compile_native import CannotBuild, NativeLibrary
 
 DTYPES = (torch.float32, torch.bfloat16)
-MAX_TOKENS = 1024  # of a window: the scores of one head are to stay in the processor's own cache
-LANES = 16  # floats in a vector
-SHARES = 32  # of the windows, each with its own sum of bias gradients
+MAX_TOKENS = 1024  # in a window: the scores of one head have to fit into a core's cache
+VECTOR_WIDTH = 16  # floats in a vector
+MAX_SPLITS = 32  # of the windows; each split sums its own gradients of the bias
 
 LIBRARY = NativeLibrary(
     purpose="window attention for this CPU",
@@ -31,20 +34,14 @@ LIBRARY = NativeLibrary(
 
 
 @functools.cache
-def unsupported_reason(case: AttentionSpec) -> str:
-    """Why it cannot do a case, in words; empty where it can."""
-    if case.device != "cpu":
-        return f"it runs on the CPU, not on {case.device}"
-    if case.dtype not in DTYPES:
-        return f"it has no {case.dtype}"
-    if case.window**2 > MAX_TOKENS:
-        return f"a window has {case.window**2} tokens, more than {MAX_TOKENS}"
-    if case.width % LANES:
-        return f"a head is {case.width} wide, not a multiple of {LANES}"
-    if case.dropout:
-        return "it has no dropout of attention weights (MODEL.ATTN_DROP_RATE)"
-    if not case.cyclic:
-        return "windows are not cut by a cyclic shift"
+def unsupported_reason(spec: AttentionSpec) -> str:
+    """Returns why the native code does not support `spec`; empty if it does."""
+    if spec.device != "cpu":
+        return f"it runs on the CPU, not on {spec.device}"
+    if spec.head_dim % VECTOR_WIDTH:
+        return f"the head dimension is {spec.head_dim}, not a multiple of {VECTOR_WIDTH}"
+    if reason := unsupported_by_fused_kernel(spec, DTYPES, MAX_TOKENS):
+        return reason
     try:
         LIBRARY.load()
     except CannotBuild as error:
@@ -52,24 +49,28 @@ def unsupported_reason(case: AttentionSpec) -> str:
     return ""
 
 
-def window_attention(qkv: Tensor, bias: Tensor, windows, scale: float | Tensor, dropout_p: float) -> Tensor:
-    """See `models.ops.dispatch.window_attention`; `dropout_p` is 0."""
+def window_attention(
+    qkv: Tensor, bias: Tensor, windows: ShiftedWindows, scale: float | Tensor, dropout_p: float
+) -> Tensor:
+    """See `models.ops.dispatch.window_attention`; `dropout_p` has to be 0."""
+    if dropout_p:
+        raise ValueError("the native code has no dropout of attention weights")
     return dispatch(attend, qkv.contiguous(), bias, windows, scale)
 
 
-def _geometry(qkv: Tensor, window: int, down: int, right: int) -> ctypes.Array:
-    """`Shape` in native_code/native.cpp: B, H, W, nH, d, M and the shift."""
-    B, H, W, _, heads, width = qkv.shape
-    return (ctypes.c_long * 8)(B, H, W, heads, width, window, down, right)
+def _shape(qkv: Tensor, window: int, shift_h: int, shift_w: int) -> ctypes.Array:
+    """Fills `Shape` of native/attention.cpp: B, H, W, nH, d, M and the shift."""
+    B, H, W, _, num_heads, head_dim = qkv.shape
+    return (ctypes.c_long * 8)(B, H, W, num_heads, head_dim, window, shift_h, shift_w)
 
 
-def _across(bias: Tensor) -> Tensor:
-    """(nH, N keys, N queries), the queries filled up to whole vectors, of (nH, N queries, N keys)."""
-    return F.pad(bias.transpose(1, 2), (0, -bias.shape[-1] % LANES)).contiguous()
+def _transpose_and_pad(bias: Tensor) -> Tensor:
+    """Turns (nH, N queries, N keys) into (nH, N keys, N queries), the queries padded to whole vectors."""
+    return F.pad(bias.transpose(1, 2), (0, -bias.shape[-1] % VECTOR_WIDTH)).contiguous()
 
 
-def _factors(scales: Tensor | None, factor: float, heads: int) -> Tensor:
-    return torch.full((heads,), factor) if scales is None else scales.contiguous()
+def _scale_per_head(head_scales: Tensor | None, scale: float, num_heads: int) -> Tensor:
+    return torch.full((num_heads,), scale) if head_scales is None else head_scales.contiguous()
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:
@@ -78,50 +79,51 @@ def _address(tensor: Tensor) -> ctypes.c_void_p:
 
 @torch.library.custom_op("swin::native_attention", mutates_args=(), device_types="cpu")
 def attend(
-    qkv: Tensor, bias: Tensor, scales: Tensor | None, factor: float, window: int, down: int, right: int
+    qkv: Tensor, bias: Tensor, head_scales: Tensor | None, scale: float, window: int, shift_h: int, shift_w: int
 ) -> Tensor:
-    """(B, H, W, 3, nH, d) to (B, H, W, C).
+    """Computes window attention: (B, H, W, 3, nH, d) to (B, H, W, C).
 
     Args:
         bias: (nH, N, N) float32.
-        scales: (nH,) float32, of the cosines between queries and keys; None for `factor` times their products.
-        down, right: the cyclic shift.
+        head_scales: (nH,) float32, factors of the cosines between queries and keys; None to use products and `scale`.
+        shift_h, shift_w: the cyclic shift.
     """
     qkv = qkv.contiguous()
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5])
-    across, factors = _across(bias), _factors(scales, factor, qkv.shape[4])
+    padded_bias, scales = _transpose_and_pad(bias), _scale_per_head(head_scales, scale, qkv.shape[4])
     LIBRARY.load().window_attention_forward(
-        _geometry(qkv, window, down, right), qkv.dtype is torch.bfloat16, _address(qkv), _address(across),
-        _address(factors), scales is not None, _address(out), torch.get_num_threads(),
+        _shape(qkv, window, shift_h, shift_w), qkv.dtype is torch.bfloat16, _address(qkv), _address(padded_bias),
+        _address(scales), head_scales is not None, _address(out), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 @torch.library.custom_op("swin::native_attention_backward", mutates_args=(), device_types="cpu")
 def attend_backward(
-    gradient: Tensor,
+    grad_out: Tensor,
     qkv: Tensor,
     bias: Tensor,
-    scales: Tensor | None,
-    factor: float,
+    head_scales: Tensor | None,
+    scale: float,
     window: int,
-    down: int,
-    right: int,
+    shift_h: int,
+    shift_w: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, bias (float32) and scales (float32; empty where there are none), given that of the output."""
-    qkv, gradient = qkv.contiguous(), gradient.contiguous()
-    B, H, W, _, heads, _ = qkv.shape
-    across, factors = _across(bias), _factors(scales, factor, heads)
-    shares = min(SHARES, B * -(-H // window) * -(-W // window))
+    """Computes the gradients of qkv, bias (float32) and head_scales (float32; empty if there are none)."""
+    qkv, grad_out = qkv.contiguous(), grad_out.contiguous()
+    B, H, W, _, num_heads, _ = qkv.shape
+    padded_bias, scales = _transpose_and_pad(bias), _scale_per_head(head_scales, scale, num_heads)
+    splits = min(MAX_SPLITS, B * -(-H // window) * -(-W // window))
     grad_qkv = torch.empty_like(qkv)
-    grad_bias, grad_scales = across.new_zeros(shares, *across.shape), across.new_zeros(shares, heads)
+    grad_bias = padded_bias.new_zeros(splits, *padded_bias.shape)
+    grad_scales = padded_bias.new_zeros(splits, num_heads)
     LIBRARY.load().window_attention_backward(
-        _geometry(qkv, window, down, right), qkv.dtype is torch.bfloat16, _address(qkv), _address(across),
-        _address(factors), scales is not None, _address(gradient), _address(grad_qkv), _address(grad_bias),
-        _address(grad_scales), ctypes.c_long(shares), torch.get_num_threads(),
+        _shape(qkv, window, shift_h, shift_w), qkv.dtype is torch.bfloat16, _address(qkv), _address(padded_bias),
+        _address(scales), head_scales is not None, _address(grad_out), _address(grad_qkv), _address(grad_bias),
+        _address(grad_scales), ctypes.c_long(splits), torch.get_num_threads(),
     )  # fmt: skip
     grad_bias = grad_bias.sum(0)[:, :, : bias.shape[-1]].transpose(1, 2).contiguous()
-    return grad_qkv, grad_bias, bias.new_empty(0) if scales is None else grad_scales.sum(0)
+    return grad_qkv, grad_bias, bias.new_empty(0) if head_scales is None else grad_scales.sum(0)
 
 
 register_autograd(attend, attend_backward)

@@ -1,7 +1,9 @@
-"""Window attention by the kernels of `triton_kernels.py`, as a custom operator that `torch.compile` takes as a whole.
+"""Window attention by the kernels of `triton_kernels.py`, as a custom operator that `torch.compile` does not split.
 
-The operator `swin::window_attention` has a gradient, `swin::window_attention_backward`; both say what shapes they give
-without running. Results are the same bits from run to run: nothing is added up in an order that varies.
+`swin::window_attention` has the gradient `swin::window_attention_backward`. Results are bitwise equal from run to run:
+every sum has a fixed order.
+Shapes: `B` batch, `H W` token grid, `C` channels, `M` side of a window, `N` tokens in a window, `nH` heads, `d` head
+dimension.
 """
 
 import functools
@@ -13,155 +15,161 @@ from torch import Tensor
 
 from models.ops import triton_kernels as kernels
 from models.ops.custom_op import dispatch, register_autograd
-from models.ops.spec import AttentionSpec
+from models.ops.spec import AttentionSpec, unsupported_by_fused_kernel
 from models.ops.window import ShiftedWindows
 
-MAX_TOKENS = 256  # of a window: more do not fit into one tile
-MAX_WIDTH = 64  # of a head
+MAX_TOKENS = 256  # in a window: more do not fit into one tile
+MAX_HEAD_DIM = 64
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
 
 
-class Tiles(NamedTuple):
-    """How a kernel cuts a window: `block` rows at a time; `full`, all tokens, to a power of 2.
+class TileConfig(NamedTuple):
+    """How a kernel cuts a window: `block` tokens at a time; `padded_tokens`, N rounded up to a power of 2.
 
-    `warps` of threads compute a program; `stages` - 1 windows are fetched ahead. Chosen so that, compiled for heads of
-    32, next to nothing that belongs into registers is spilled to memory (`tests/models/ops/test_triton_compile.py`).
+    A program has `num_warps` warps and prefetches `num_stages` - 1 windows. With these values, compiled for heads of
+    32, almost no registers are spilled (`tests/models/ops/test_triton_compile.py`).
     """
 
     block: int
-    full: int
-    warps: int
-    stages: int
+    padded_tokens: int
+    num_warps: int
+    num_stages: int
 
 
-def tiles(kernel: str, tokens: int) -> Tiles:
-    """How the kernel of that name cuts windows of `tokens`."""
-    full = max(16, triton.next_power_of_2(tokens))
-    if full <= 64:
-        return Tiles(full, full, 4, 2)
+def tile_config(kernel: str, tokens: int) -> TileConfig:
+    """Returns how the kernel of that name cuts windows of `tokens`."""
+    padded_tokens = max(16, triton.next_power_of_2(tokens))
+    if padded_tokens <= 64:
+        return TileConfig(padded_tokens, padded_tokens, num_warps=4, num_stages=2)
     return {
-        "forward": Tiles(64, full, 4, 2),
-        "backward_queries": Tiles(16, full, 4, 2),
-        "backward_keys": Tiles(32, full, 8, 1),
+        "forward": TileConfig(64, padded_tokens, num_warps=4, num_stages=2),
+        "backward_queries": TileConfig(16, padded_tokens, num_warps=4, num_stages=2),
+        "backward_keys": TileConfig(32, padded_tokens, num_warps=8, num_stages=1),
     }[kernel]
 
 
-def unsupported(case: AttentionSpec) -> str:
-    """Why the kernels are not for a case, in words; empty where they are."""
-    if case.device != "cuda" and not INTERPRETED:
-        return f"it runs on CUDA devices, not on {case.device}"
-    if case.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+def unsupported_spec(spec: AttentionSpec) -> str:
+    """Returns why the kernels are not written for `spec`; empty if they are."""
+    if spec.device != "cuda" and not INTERPRETED:
+        return f"it runs on CUDA devices, not on {spec.device}"
+    if spec.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         return "it needs a GPU of compute capability 8.0 or higher"
-    if case.dtype not in DTYPES:
-        return f"it has no {case.dtype}"
-    if case.window**2 > MAX_TOKENS:
-        return f"a window has {case.window**2} tokens, more than {MAX_TOKENS}"
-    if case.width > MAX_WIDTH:
-        return f"a head is {case.width} wide, more than {MAX_WIDTH}"
-    if case.dropout:
-        return "it has no dropout of attention weights (MODEL.ATTN_DROP_RATE)"
-    if not case.cyclic:
-        return "windows are not cut by a cyclic shift"
-    return ""
+    if spec.head_dim > MAX_HEAD_DIM:
+        return f"the head dimension is {spec.head_dim}, more than {MAX_HEAD_DIM}"
+    return unsupported_by_fused_kernel(spec, DTYPES, MAX_TOKENS)
 
 
-def geometry(qkv: Tensor, window: int, down: int, right: int) -> tuple[int, ...]:
-    """What the kernels know of the map: windows in all, in an image and in a row; its sides, unpadded and padded; the
-    shift; C.
+def map_geometry(qkv: Tensor, window: int, shift_h: int, shift_w: int) -> tuple[int, ...]:
+    """Returns the map's description for the kernels.
+
+    Windows in all, in an image and in a row of it; H, W; both padded to whole windows; the shift; C.
     """
-    B, H, W, _, heads, width = qkv.shape
+    B, H, W, _, num_heads, head_dim = qkv.shape
     rows, columns = -(-H // window), -(-W // window)
-    windows = rows * columns
-    return B * windows, windows, columns, H, W, rows * window, columns * window, down, right, heads * width
+    per_image = rows * columns
+    padded = rows * window, columns * window
+    return B * per_image, per_image, columns, H, W, *padded, shift_h, shift_w, num_heads * head_dim
 
 
-def constants(kernel: str, window: int, width: int, masked: bool, cosine: bool) -> dict[str, int | bool]:
-    """What the kernel of that name is compiled for, and how it is run."""
-    cut = tiles(kernel, window**2)
+def constexprs(kernel: str, window: int, head_dim: int, masked: bool, cosine: bool) -> dict[str, int | bool]:
+    """Returns the compile-time constants of the kernel of that name."""
+    tile = tile_config(kernel, window**2)
     return {
         "M": window,
-        "D": width,
-        "WIDTH": max(16, triton.next_power_of_2(width)),
-        "BLOCK": cut.block,
-        "FULL": cut.full,
+        "D": head_dim,
+        "D_PADDED": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK": tile.block,
+        "N_PADDED": tile.padded_tokens,
         "MASKED": masked,
         "COSINE": cosine,
     }
 
 
-def launch(kernel: str, qkv: Tensor, window: int, shares: int, *arguments: Tensor | float, shift: tuple, cosine: bool):
-    """Starts the kernel of that name: for each head, block of a window and share of the windows one program.
+def launch(
+    kernel: str,
+    qkv: Tensor,
+    window: int,
+    splits: int,
+    *arguments: Tensor | float,
+    shifts: tuple[int, int],
+    cosine: bool,
+) -> None:
+    """Launches the kernel of that name: one program for each head, block of a window and split of the windows.
 
-    The head varies fastest, so that the heads of a window, which lie side by side in memory, are read at the same time.
+    The head varies fastest: the heads of a token are adjacent in memory, and are then read at the same time.
     """
-    _, H, W, _, heads, width = qkv.shape
-    cut = tiles(kernel, window**2)
-    masked = any(shift) or H % window > 0 or W % window > 0
+    _, H, W, _, num_heads, head_dim = qkv.shape
+    tile = tile_config(kernel, window**2)
+    masked = any(shifts) or H % window > 0 or W % window > 0
     with torch.cuda.device_of(qkv):
-        getattr(kernels, kernel)[heads, triton.cdiv(window**2, cut.block), shares](
+        getattr(kernels, kernel)[num_heads, triton.cdiv(window**2, tile.block), splits](
             *arguments,
-            *geometry(qkv, window, *shift),
-            **constants(kernel, window, width, masked, cosine),
-            num_warps=cut.warps,
-            num_stages=cut.stages,
+            *map_geometry(qkv, window, *shifts),
+            **constexprs(kernel, window, head_dim, masked, cosine),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
 
 
-def shares_of_windows(kernel: str, qkv: Tensor, window: int, programs: int) -> int:
-    """Over how many programs the windows are spread, where `programs` at a time fit on each of the processors."""
-    B, H, W, _, heads, _ = qkv.shape
-    blocks = triton.cdiv(window**2, tiles(kernel, window**2).block)
+def num_splits(kernel: str, qkv: Tensor, window: int, programs_per_processor: int) -> int:
+    """Returns into how many splits the windows are divided, so that all programs run at the same time."""
+    B, H, W, _, num_heads, _ = qkv.shape
+    blocks = triton.cdiv(window**2, tile_config(kernel, window**2).block)
+    programs = programs_per_processor
     if qkv.device.type == "cuda":
         programs *= torch.cuda.get_device_properties(qkv.device).multi_processor_count
-    return min(B * -(-H // window) * -(-W // window), max(1, programs // (heads * blocks)))
+    return min(B * -(-H // window) * -(-W // window), max(1, programs // (num_heads * blocks)))
 
 
 @torch.library.custom_op("swin::window_attention", mutates_args=())
 def attend(
-    qkv: Tensor, bias: Tensor, scales: Tensor | None, factor: float, window: int, down: int, right: int
+    qkv: Tensor, bias: Tensor, head_scales: Tensor | None, scale: float, window: int, shift_h: int, shift_w: int
 ) -> Tensor:
-    """(B, H, W, 3, nH, d) to (B, H, W, C).
+    """Computes window attention: (B, H, W, 3, nH, d) to (B, H, W, C).
 
     Args:
         bias: (nH, N, N) float32.
-        scales: (nH,) float32, of the cosines between queries and keys; None for `factor` times their products.
-        down, right: the cyclic shift.
+        head_scales: (nH,) float32, factors of the cosines between queries and keys; None to use products and `scale`.
+        shift_h, shift_w: the cyclic shift.
     """
     qkv, bias = qkv.contiguous(), bias.contiguous()
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5])
-    shares = shares_of_windows("forward", qkv, window, 16)
-    given = qkv, bias, bias if scales is None else scales, factor, out
-    launch("forward", qkv, window, shares, *given, shift=(down, right), cosine=scales is not None)
+    splits = num_splits("forward", qkv, window, programs_per_processor=16)
+    arguments = qkv, bias, bias if head_scales is None else head_scales, scale, out
+    launch("forward", qkv, window, splits, *arguments, shifts=(shift_h, shift_w), cosine=head_scales is not None)
     return out
 
 
 @torch.library.custom_op("swin::window_attention_backward", mutates_args=())
 def attend_backward(
-    gradient: Tensor,
+    grad_out: Tensor,
     qkv: Tensor,
     bias: Tensor,
-    scales: Tensor | None,
-    factor: float,
+    head_scales: Tensor | None,
+    scale: float,
     window: int,
-    down: int,
-    right: int,
+    shift_h: int,
+    shift_w: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, bias (float32) and scales (float32; empty where there are none), given that of the output."""
-    qkv, bias, gradient = qkv.contiguous(), bias.contiguous(), gradient.contiguous()
-    heads, tokens = qkv.shape[4], window**2
-    cut, shares = tiles("backward_queries", tokens), shares_of_windows("backward_queries", qkv, window, 4)
-    blocks, one_tile = triton.cdiv(tokens, cut.block), cut.block == cut.full
+    """Computes the gradients of qkv, bias (float32) and head_scales (float32; empty if there are none)."""
+    qkv, bias, grad_out = qkv.contiguous(), bias.contiguous(), grad_out.contiguous()
+    num_heads, tokens = qkv.shape[4], window**2
+    tile = tile_config("backward_queries", tokens)
+    blocks, single_tile = triton.cdiv(tokens, tile.block), tile.block == tile.padded_tokens
+    splits = num_splits("backward_queries", qkv, window, programs_per_processor=4)
     grad_qkv = torch.empty_like(qkv)
-    grad_bias = bias.new_empty(shares, *bias.shape)
-    grad_scales = bias.new_empty(0 if scales is None else (shares, blocks, heads))
-    statistics = bias if one_tile else bias.new_empty(geometry(qkv, window, down, right)[0], heads, 2, tokens)
-    given = gradient, qkv, bias, bias if scales is None else scales, factor, grad_qkv
-    start = functools.partial(launch, shift=(down, right), cosine=scales is not None)
-    start("backward_queries", qkv, window, shares, *given, grad_bias, grad_scales, statistics)
-    if not one_tile:
-        start("backward_keys", qkv, window, shares_of_windows("backward_keys", qkv, window, 8), *given, statistics)
-    return grad_qkv, grad_bias.sum(0), grad_scales if scales is None else grad_scales.sum((0, 1))
+    grad_bias = bias.new_empty(splits, *bias.shape)
+    grad_scales = bias.new_empty(0 if head_scales is None else (splits, blocks, num_heads))
+    num_windows = map_geometry(qkv, window, shift_h, shift_w)[0]
+    stats = bias if single_tile else bias.new_empty(num_windows, num_heads, 2, tokens)  # a single tile writes none
+    arguments = grad_out, qkv, bias, bias if head_scales is None else head_scales, scale, grad_qkv
+    start = functools.partial(launch, shifts=(shift_h, shift_w), cosine=head_scales is not None)
+    start("backward_queries", qkv, window, splits, *arguments, grad_bias, grad_scales, stats)
+    if not single_tile:
+        splits = num_splits("backward_keys", qkv, window, programs_per_processor=8)
+        start("backward_keys", qkv, window, splits, *arguments, stats)
+    return grad_qkv, grad_bias.sum(0), grad_scales if head_scales is None else grad_scales.sum((0, 1))
 
 
 register_autograd(attend, attend_backward)
@@ -170,7 +178,7 @@ register_autograd(attend, attend_backward)
 def window_attention(
     qkv: Tensor, bias: Tensor, windows: ShiftedWindows, scale: float | Tensor, dropout_p: float
 ) -> Tensor:
-    """Shapes: see `models.ops.dispatch.window_attention`. The softmax is in float32."""
+    """See `models.ops.dispatch.window_attention`; `dropout_p` has to be 0. The softmax is in float32."""
     if dropout_p:
         raise ValueError("the Triton kernels have no dropout of attention weights")
     return dispatch(attend, qkv, bias, windows, scale)

@@ -1,16 +1,19 @@
-"""The Triton kernels of window attention. `triton_attention.py` starts them; right is what `reference.py` says.
+"""The Triton kernels of window attention. `triton_attention.py` launches them; `reference.py` is the definition.
 
-Nothing is moved to form windows: a program computes where the tokens of its window lie in the unsplit projection
-(B, H, W, 3, nH, d) after the cyclic shift, and reads and writes them there. The mask is computed from those places too.
+Nothing is copied to form windows. A program computes the positions of its window's tokens in the unsplit projection
+(B, H, W, 3, nH, d) after the cyclic shift, and loads and stores them there. It computes the mask from them too.
 
-A program belongs to one head and one block of `BLOCK` of the window's N queries (in `backward_keys`: of its keys). It
-keeps that block's part of the position bias, and in the backward pass of the bias's gradient, in registers, and goes
-through its share of the windows of all images: every `gridDim.z`-th. In the backward pass all N tokens of the other
-side are one tile of `FULL`; where BLOCK = FULL, both sides are, and a window is read once. Nothing but the input is
-kept for it: probabilities are computed again. Gradients that are sums over windows are written once for each program,
-and added up afterwards.
+A program handles one head and one block of `BLOCK` of the window's N queries (in `backward_keys`: keys). It keeps the
+block's part of the position bias in registers, in the backward pass its gradient too, and loops over its split of the
+windows of all images: every `gridDim.z`-th. In the backward pass all N tokens of the other side are one tile of
+`N_PADDED`. If BLOCK = N_PADDED, both sides are a single tile, and a window is read once. The backward pass needs only
+the inputs: it recomputes the probabilities. Gradients that are sums over windows are stored once per program and summed
+afterwards, in a fixed order.
 
-Scores are in units of log 2, in which exponentials are cheapest: x·log2(e) stands for x.
+Scores are multiplied by log2(e), because exp2 is cheaper than exp.
+
+Shapes: `B` batch, `H W` token grid, `C` channels, `M` side of a window, `N` tokens in a window, `nH` heads, `d` (`D`)
+head dimension, `D_PADDED` rounded up to a power of 2.
 """
 
 import triton
@@ -18,259 +21,269 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-APART = tl.constexpr(-100.0)  # as `models.ops.window.MASKED`: for a pair that the shift brought together
+MASK_VALUE = tl.constexpr(-100.0)  # as `models.ops.window.MASK_VALUE`
 
 
 @triton.constexpr_function
-def _tile(rest, largest):
-    """The width of the next tile where `rest` tokens are left: a power of 2, as tiles have to be."""
-    return max(16, min(largest, triton.next_power_of_2(rest)))
+def _tile_width(remaining, largest):
+    """Returns the width of the next tile when `remaining` tokens are left: a power of 2, as Triton requires."""
+    return max(16, min(largest, triton.next_power_of_2(remaining)))
 
 
 @triton.jit
-def _product(a, b):
-    """Matrix product, summed up in float32; of float32 by three products of its upper and lower bits."""
-    if INTERPRETED:  # the interpreter multiplies no bfloat16
+def _dot(a, b):
+    """Matrix product, accumulated in float32; float32 inputs as three TF32 products of their upper and lower bits."""
+    if INTERPRETED:  # the interpreter has no bfloat16 product
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
-def _region(place, length, shift):
-    """As `models.ops.window.region_ids`: 0 the bulk of an axis, 1 what the shift brought from its other end, 2 padding."""
-    return tl.where(place >= length, 2, tl.where(place < shift, 1, 0))
+def _region(position, length, shift):
+    """As `models.ops.window.region_ids`: 0 the bulk of an axis, 1 wrapped around by the shift, 2 padding."""
+    return tl.where(position >= length, 2, tl.where(position < shift, 1, 0))
 
 
 @triton.jit
-def _places(tokens, window, across, H, W, H_padded, W_padded, down, right, M: tl.constexpr, MASKED: tl.constexpr):
-    """Where tokens of a window lie: place in the map (y·W + x), whether they lie in it, and their region.
+def _locate(
+    tokens, window, windows_per_row, H, W, H_padded, W_padded, shift_h, shift_w, M: tl.constexpr, MASKED: tl.constexpr
+):
+    """Returns the positions of a window's tokens in the map (y·W + x), whether they are inside it, and their regions.
 
     Only tokens of one region see each other.
     """
-    y = window // across * M + tokens // M
-    x = window % across * M + tokens % M
-    here = tokens < M * M
+    y = window // windows_per_row * M + tokens // M
+    x = window % windows_per_row * M + tokens % M
+    inside = tokens < M * M
     region = tokens * 0
     if MASKED:
-        y += down
-        x += right
+        y += shift_h
+        x += shift_w
         y = tl.where(y >= H_padded, y - H_padded, y)
         x = tl.where(x >= W_padded, x - W_padded, x)
-        here = here & (y < H) & (x < W)
-        region = _region(y, H, down) * 3 + _region(x, W, right)
-    return y * W + x, here, region
+        inside = inside & (y < H) & (x < W)
+        region = _region(y, H, shift_h) * 3 + _region(x, W, shift_w)
+    return y * W + x, inside, region
 
 
 @triton.jit
-def _read(base, places, here, stride, D: tl.constexpr, WIDTH: tl.constexpr):
-    """(tokens, WIDTH): D values of each token at `places`, then zeros; zeros for tokens that are not there."""
-    columns = tl.arange(0, WIDTH)
-    mask = here[:, None] if WIDTH == D else here[:, None] & (columns < D)[None, :]
-    return tl.load(base + places[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+def _load_tokens(base_ptr, positions, inside, stride, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """(tokens, D_PADDED): D values of each token at `positions`, then zeros; zeros for tokens that are not inside."""
+    channels = tl.arange(0, D_PADDED)
+    mask = inside[:, None] if D_PADDED == D else inside[:, None] & (channels < D)[None, :]
+    return tl.load(base_ptr + positions[:, None] * stride + channels[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _write(base, places, here, stride, values, D: tl.constexpr, WIDTH: tl.constexpr):
-    columns = tl.arange(0, WIDTH)
-    mask = here[:, None] if WIDTH == D else here[:, None] & (columns < D)[None, :]
-    tl.store(base + places[:, None] * stride + columns[None, :], values.to(base.dtype.element_ty), mask=mask)
+def _store_tokens(base_ptr, positions, inside, stride, values, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Stores (tokens, D_PADDED) where `_load_tokens` loads them."""
+    channels = tl.arange(0, D_PADDED)
+    mask = inside[:, None] if D_PADDED == D else inside[:, None] & (channels < D)[None, :]
+    pointers = base_ptr + positions[:, None] * stride + channels[None, :]
+    tl.store(pointers, values.to(base_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _unit(x):
-    """Vectors (tokens, WIDTH) at length 1, in their type, and the factors (tokens,), in float32, that made them so."""
-    accumulate_dtype = x.to(tl.float32)
-    factor = 1.0 / tl.maximum(tl.sqrt(tl.sum(accumulate_dtype * accumulate_dtype, 1)), 1e-12)
-    return (accumulate_dtype * factor[:, None]).to(x.dtype), factor
+def _normalize(x):
+    """Returns vectors (tokens, D_PADDED) scaled to length 1, in their dtype, and their inverse lengths in float32."""
+    x_fp32 = x.to(tl.float32)
+    inverse_length = 1.0 / tl.maximum(tl.sqrt(tl.sum(x_fp32 * x_fp32, 1)), 1e-12)
+    return (x_fp32 * inverse_length[:, None]).to(x.dtype), inverse_length
 
 
 @triton.jit
-def _bias(bias, head, rows, columns, N: tl.constexpr):
-    """The bias of the pairs (rows, columns) in units of log 2; -inf where there is no such key, 0 for no such query."""
-    mask = (rows < N)[:, None] & (columns < N)[None, :]
-    tile = tl.load(bias + head * N * N + rows[:, None] * N + columns[None, :], mask=mask, other=0.0) * LOG2E
-    return tl.where((columns < N)[None, :], tile, float("-inf"))
+def _normalize_backward(grad_unit, unit, inverse_length):
+    """Returns the gradient of x, given that of `unit` = x / |x|: the component along x has no effect."""
+    unit = unit.to(tl.float32)
+    return (grad_unit - unit * tl.sum(unit * grad_unit, 1)[:, None]) * inverse_length[:, None]
 
 
 @triton.jit
-def _scores(q, k, bias, factor, regions_q, regions_k, MASKED: tl.constexpr):
-    """(queries, keys) in units of log 2. `factor` is log2(e) times that of the products."""
-    scores = _product(q, tl.trans(k)) * factor + bias
+def _load_bias(bias_ptr, head, query_ids, key_ids, N: tl.constexpr):
+    """(queries, keys) of the bias, times log2(e); -inf for keys beyond N, 0 for queries beyond N."""
+    mask = (query_ids < N)[:, None] & (key_ids < N)[None, :]
+    pointers = bias_ptr + head * N * N + query_ids[:, None] * N + key_ids[None, :]
+    tile = tl.load(pointers, mask=mask, other=0.0) * LOG2E
+    return tl.where((key_ids < N)[None, :], tile, float("-inf"))
+
+
+@triton.jit
+def _scores(q, k, bias, scale, regions_q, regions_k, MASKED: tl.constexpr):
+    """(queries, keys) of scores, times log2(e), which `scale` includes already."""
+    scores = _dot(q, tl.trans(k)) * scale + bias
     if MASKED:
-        scores += tl.where(regions_q[:, None] != regions_k[None, :], APART * LOG2E, 0.0)
+        scores += tl.where(regions_q[:, None] != regions_k[None, :], MASK_VALUE * LOG2E, 0.0)
     return scores
 
 
 @triton.jit
-def _back_through_unit(gradient, unit, factor):
-    """The gradient of x, given that of `unit`, x at length 1: what lies along x has no effect."""
-    unit = unit.to(tl.float32)
-    return (gradient - unit * tl.sum(unit * gradient, 1)[:, None]) * factor[:, None]
-
-
-@triton.jit
 def forward(
-    qkv, bias, scales, factor, out,  # (B, H, W, 3, nH, d), (nH, N, N), (nH,) where COSINE, to (B, H, W, C)
-    windows, per_image, across, H, W, H_padded, W_padded, down, right, C,
-    M: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    qkv_ptr, bias_ptr, scales_ptr, scale, out_ptr,  # (B, H, W, 3, nH, d), (nH, N, N), (nH,) if COSINE, to (B, H, W, C)
+    num_windows, windows_per_image, windows_per_row, H, W, H_padded, W_padded, shift_h, shift_w, C,
+    M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK: tl.constexpr, N_PADDED: tl.constexpr,
     MASKED: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """As in Flash Attention, keys and values come tile by tile, and what was summed up is scaled by the new maximum."""
+    """As in Flash Attention, keys and values are loaded tile by tile, and the sums are rescaled to the new maximum."""
     head = tl.program_id(0)
-    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    query_ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     bias_tiles = ()
     for start in tl.static_range(0, M * M, BLOCK):
-        columns = start + tl.arange(0, _tile(M * M - start, BLOCK))
-        bias_tiles += (_bias(bias, head, rows, columns, M * M),)
+        key_ids = start + tl.arange(0, _tile_width(M * M - start, BLOCK))
+        bias_tiles += (_load_bias(bias_ptr, head, query_ids, key_ids, M * M),)
     if COSINE:
-        factor = tl.load(scales + head)
-    for i in tl.range(tl.program_id(2), windows, tl.num_programs(2)):
-        window = i % per_image
-        image = (i // per_image).to(tl.int64) * H * W
-        places, here, regions = _places(rows, window, across, H, W, H_padded, W_padded, down, right, M, MASKED)
-        base = qkv + image * 3 * C + head * D
-        q = _read(base, places, here, 3 * C, D, WIDTH)
+        scale = tl.load(scales_ptr + head)
+    for i in tl.range(tl.program_id(2), num_windows, tl.num_programs(2)):
+        window = i % windows_per_image
+        image = (i // windows_per_image).to(tl.int64) * H * W
+        positions_q, inside_q, regions_q = _locate(
+            query_ids, window, windows_per_row, H, W, H_padded, W_padded, shift_h, shift_w, M, MASKED
+        )
+        base_ptr = qkv_ptr + image * 3 * C + head * D
+        q = _load_tokens(base_ptr, positions_q, inside_q, 3 * C, D, D_PADDED)
         if COSINE:
-            q, _ = _unit(q)
-        largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        result = tl.zeros((BLOCK, WIDTH), tl.float32)
+            q, _ = _normalize(q)
+        row_max = tl.full((BLOCK,), float("-inf"), tl.float32)
+        row_sum = tl.zeros((BLOCK,), tl.float32)
+        acc = tl.zeros((BLOCK, D_PADDED), tl.float32)
         for start in tl.static_range(0, M * M, BLOCK):
-            places_k, here_k, regions_k = places, here, regions
-            if BLOCK < FULL:
-                columns = start + tl.arange(0, _tile(M * M - start, BLOCK))
-                places_k, here_k, regions_k = _places(
-                    columns, window, across, H, W, H_padded, W_padded, down, right, M, MASKED
+            positions_k, inside_k, regions_k = positions_q, inside_q, regions_q
+            if BLOCK < N_PADDED:
+                key_ids = start + tl.arange(0, _tile_width(M * M - start, BLOCK))
+                positions_k, inside_k, regions_k = _locate(
+                    key_ids, window, windows_per_row, H, W, H_padded, W_padded, shift_h, shift_w, M, MASKED
                 )
-            k = _read(base + C, places_k, here_k, 3 * C, D, WIDTH)
-            v = _read(base + 2 * C, places_k, here_k, 3 * C, D, WIDTH)
+            k = _load_tokens(base_ptr + C, positions_k, inside_k, 3 * C, D, D_PADDED)
+            v = _load_tokens(base_ptr + 2 * C, positions_k, inside_k, 3 * C, D, D_PADDED)
             if COSINE:
-                k, _ = _unit(k)
-            scores = _scores(q, k, bias_tiles[start // BLOCK], factor * LOG2E, regions, regions_k, MASKED)
-            new = tl.maximum(largest, tl.max(scores, 1))
-            weights = tl.exp2(scores - new[:, None])
-            shrink = tl.exp2(largest - new)
-            total = total * shrink + tl.sum(weights, 1)
-            result = result * shrink[:, None] + _product(weights.to(v.dtype), v)
-            largest = new
-        _write(out + image * C + head * D, places, here, C, result / total[:, None], D, WIDTH)
+                k, _ = _normalize(k)
+            scores = _scores(q, k, bias_tiles[start // BLOCK], scale * LOG2E, regions_q, regions_k, MASKED)
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            probs = tl.exp2(scores - new_max[:, None])
+            rescale = tl.exp2(row_max - new_max)
+            row_sum = row_sum * rescale + tl.sum(probs, 1)
+            acc = acc * rescale[:, None] + _dot(probs.to(v.dtype), v)
+            row_max = new_max
+        out = acc / row_sum[:, None]
+        _store_tokens(out_ptr + image * C + head * D, positions_q, inside_q, C, out, D, D_PADDED)
 
 
 @triton.jit
 def backward_queries(
-    gradient, qkv, bias, scales, factor,  # (B, H, W, C), then as in `forward`
-    grad_qkv, grad_bias, grad_scales,  # (B, H, W, 3, nH, d), (programs, nH, N, N), (programs, blocks, nH)
-    statistics,  # (windows, nH, 2, N), for `backward_keys`: log2 of the softmax's denominator, and Σ weight · gradient
-    windows, per_image, across, H, W, H_padded, W_padded, down, right, C,
-    M: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    grad_out_ptr, qkv_ptr, bias_ptr, scales_ptr, scale,  # (B, H, W, C), then as in `forward`
+    grad_qkv_ptr, grad_bias_ptr, grad_scales_ptr,  # (B, H, W, 3, nH, d), (splits, nH, N, N), (splits, blocks, nH)
+    stats_ptr,  # (windows, nH, 2, N) for `backward_keys`: log2 of the softmax's denominator; Σ prob · grad_prob
+    num_windows, windows_per_image, windows_per_row, H, W, H_padded, W_padded, shift_h, shift_w, C,
+    M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK: tl.constexpr, N_PADDED: tl.constexpr,
     MASKED: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries, the bias and the scales; of keys and values too where one tile is all."""
+    """Gradients of the queries, the bias and the scales; if a window is a single tile, of keys and values too."""
     head = tl.program_id(0)
     N: tl.constexpr = M * M
-    columns = tl.arange(0, FULL)
-    rows = columns
-    if BLOCK < FULL:
-        rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    bias_tile = _bias(bias, head, rows, columns, N)
-    bias_sum = tl.zeros((BLOCK, FULL), tl.float32)
-    scale_sum = tl.zeros((BLOCK,), tl.float32)
+    key_ids = tl.arange(0, N_PADDED)
+    query_ids = key_ids
+    if BLOCK < N_PADDED:
+        query_ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    bias_tile = _load_bias(bias_ptr, head, query_ids, key_ids, N)
+    grad_bias = tl.zeros((BLOCK, N_PADDED), tl.float32)
+    grad_scale = tl.zeros((BLOCK,), tl.float32)
     if COSINE:
-        factor = tl.load(scales + head)
-    for i in tl.range(tl.program_id(2), windows, tl.num_programs(2)):
-        window = i % per_image
-        image = (i // per_image).to(tl.int64) * H * W
-        places, here, regions = _places(rows, window, across, H, W, H_padded, W_padded, down, right, M, MASKED)
-        places_k, here_k, regions_k = places, here, regions
-        if BLOCK < FULL:
-            places_k, here_k, regions_k = _places(
-                columns, window, across, H, W, H_padded, W_padded, down, right, M, MASKED
+        scale = tl.load(scales_ptr + head)
+    for i in tl.range(tl.program_id(2), num_windows, tl.num_programs(2)):
+        window = i % windows_per_image
+        image = (i // windows_per_image).to(tl.int64) * H * W
+        positions_q, inside_q, regions_q = _locate(
+            query_ids, window, windows_per_row, H, W, H_padded, W_padded, shift_h, shift_w, M, MASKED
+        )
+        positions_k, inside_k, regions_k = positions_q, inside_q, regions_q
+        if BLOCK < N_PADDED:
+            positions_k, inside_k, regions_k = _locate(
+                key_ids, window, windows_per_row, H, W, H_padded, W_padded, shift_h, shift_w, M, MASKED
             )
-        base = qkv + image * 3 * C + head * D
-        q = _read(base, places, here, 3 * C, D, WIDTH)
-        k = _read(base + C, places_k, here_k, 3 * C, D, WIDTH)
-        v = _read(base + 2 * C, places_k, here_k, 3 * C, D, WIDTH)
-        arriving = _read(gradient + image * C + head * D, places, here, C, D, WIDTH)
+        base_ptr = qkv_ptr + image * 3 * C + head * D
+        q = _load_tokens(base_ptr, positions_q, inside_q, 3 * C, D, D_PADDED)
+        k = _load_tokens(base_ptr + C, positions_k, inside_k, 3 * C, D, D_PADDED)
+        v = _load_tokens(base_ptr + 2 * C, positions_k, inside_k, 3 * C, D, D_PADDED)
+        grad_out = _load_tokens(grad_out_ptr + image * C + head * D, positions_q, inside_q, C, D, D_PADDED)
         if COSINE:
-            q, factor_q = _unit(q)
-            k, factor_k = _unit(k)
-        scores = _scores(q, k, bias_tile, factor * LOG2E, regions, regions_k, MASKED)
-        largest = tl.max(scores, 1)
-        weights = tl.exp2(scores - largest[:, None])
-        total = tl.sum(weights, 1)
-        weights *= (1.0 / total)[:, None]
-        grad_weights = _product(arriving, tl.trans(v))
-        mean = tl.sum(weights * grad_weights, 1)
-        grad_scores = weights * (grad_weights - mean[:, None])
-        bias_sum += grad_scores
-        small = grad_scores.to(q.dtype)
-        grad_q = _product(small, k)
+            q, inverse_length_q = _normalize(q)
+            k, inverse_length_k = _normalize(k)
+        scores = _scores(q, k, bias_tile, scale * LOG2E, regions_q, regions_k, MASKED)
+        row_max = tl.max(scores, 1)
+        probs = tl.exp2(scores - row_max[:, None])
+        row_sum = tl.sum(probs, 1)
+        probs *= (1.0 / row_sum)[:, None]
+        grad_probs = _dot(grad_out, tl.trans(v))
+        mean_grad = tl.sum(probs * grad_probs, 1)
+        grad_scores = probs * (grad_probs - mean_grad[:, None])
+        grad_bias += grad_scores
+        grad_scores_lp = grad_scores.to(q.dtype)
+        grad_q = _dot(grad_scores_lp, k)
         if COSINE:
-            scale_sum += tl.sum(grad_q * q.to(tl.float32), 1)
-            grad_q = _back_through_unit(grad_q, q, factor_q)
-        target = grad_qkv + image * 3 * C + head * D
-        _write(target, places, here, 3 * C, grad_q * factor, D, WIDTH)
-        if BLOCK == FULL:
-            grad_v = _product(tl.trans(weights.to(v.dtype)), arriving)
-            _write(target + 2 * C, places_k, here_k, 3 * C, grad_v, D, WIDTH)
-            grad_k = _product(tl.trans(small), q)
+            grad_scale += tl.sum(grad_q * q.to(tl.float32), 1)
+            grad_q = _normalize_backward(grad_q, q, inverse_length_q)
+        grad_base_ptr = grad_qkv_ptr + image * 3 * C + head * D
+        _store_tokens(grad_base_ptr, positions_q, inside_q, 3 * C, grad_q * scale, D, D_PADDED)
+        if BLOCK == N_PADDED:
+            grad_v = _dot(tl.trans(probs.to(v.dtype)), grad_out)
+            _store_tokens(grad_base_ptr + 2 * C, positions_k, inside_k, 3 * C, grad_v, D, D_PADDED)
+            grad_k = _dot(tl.trans(grad_scores_lp), q)
             if COSINE:
-                grad_k = _back_through_unit(grad_k, k, factor_k)
-            _write(target + C, places_k, here_k, 3 * C, grad_k * factor, D, WIDTH)
+                grad_k = _normalize_backward(grad_k, k, inverse_length_k)
+            _store_tokens(grad_base_ptr + C, positions_k, inside_k, 3 * C, grad_k * scale, D, D_PADDED)
         else:
-            kept = statistics + (i * tl.num_programs(0).to(tl.int64) + head) * 2 * N + rows
-            tl.store(kept, largest + tl.log2(total), mask=rows < N)
-            tl.store(kept + N, mean, mask=rows < N)
-    share = tl.program_id(2) * tl.num_programs(0) + head
-    mask = (rows < N)[:, None] & (columns < N)[None, :]
-    tl.store(grad_bias + share * N * N + rows[:, None] * N + columns[None, :], bias_sum, mask=mask)
+            row_stats_ptr = stats_ptr + (i * tl.num_programs(0).to(tl.int64) + head) * 2 * N + query_ids
+            tl.store(row_stats_ptr, row_max + tl.log2(row_sum), mask=query_ids < N)
+            tl.store(row_stats_ptr + N, mean_grad, mask=query_ids < N)
+    split = tl.program_id(2) * tl.num_programs(0) + head
+    mask = (query_ids < N)[:, None] & (key_ids < N)[None, :]
+    tl.store(grad_bias_ptr + split * N * N + query_ids[:, None] * N + key_ids[None, :], grad_bias, mask=mask)
     if COSINE:
         block = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + head
-        tl.store(grad_scales + block, tl.sum(scale_sum, 0))
+        tl.store(grad_scales_ptr + block, tl.sum(grad_scale, 0))
 
 
 @triton.jit
 def backward_keys(
-    gradient, qkv, bias, scales, factor, grad_qkv, statistics,  # as in `backward_queries`
-    windows, per_image, across, H, W, H_padded, W_padded, down, right, C,
-    M: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    grad_out_ptr, qkv_ptr, bias_ptr, scales_ptr, scale, grad_qkv_ptr, stats_ptr,  # as in `backward_queries`
+    num_windows, windows_per_image, windows_per_row, H, W, H_padded, W_padded, shift_h, shift_w, C,
+    M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK: tl.constexpr, N_PADDED: tl.constexpr,
     MASKED: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values, from the statistics that `backward_queries` has left."""
+    """Gradients of a block of keys and values, from the statistics that `backward_queries` has stored."""
     head = tl.program_id(0)
     N: tl.constexpr = M * M
-    rows = tl.arange(0, FULL)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    bias_tile = _bias(bias, head, rows, columns, N)
+    query_ids = tl.arange(0, N_PADDED)
+    key_ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    bias_tile = _load_bias(bias_ptr, head, query_ids, key_ids, N)
     if COSINE:
-        factor = tl.load(scales + head)
-    for i in tl.range(tl.program_id(2), windows, tl.num_programs(2)):
-        window = i % per_image
-        image = (i // per_image).to(tl.int64) * H * W
-        places, here, regions = _places(rows, window, across, H, W, H_padded, W_padded, down, right, M, MASKED)
-        places_k, here_k, regions_k = places, here, regions
-        if BLOCK < FULL:
-            places_k, here_k, regions_k = _places(
-                columns, window, across, H, W, H_padded, W_padded, down, right, M, MASKED
-            )
-        base = qkv + image * 3 * C + head * D
-        q = _read(base, places, here, 3 * C, D, WIDTH)
-        k = _read(base + C, places_k, here_k, 3 * C, D, WIDTH)
-        v = _read(base + 2 * C, places_k, here_k, 3 * C, D, WIDTH)
-        arriving = _read(gradient + image * C + head * D, places, here, C, D, WIDTH)
+        scale = tl.load(scales_ptr + head)
+    for i in tl.range(tl.program_id(2), num_windows, tl.num_programs(2)):
+        window = i % windows_per_image
+        image = (i // windows_per_image).to(tl.int64) * H * W
+        positions_q, inside_q, regions_q = _locate(
+            query_ids, window, windows_per_row, H, W, H_padded, W_padded, shift_h, shift_w, M, MASKED
+        )
+        positions_k, inside_k, regions_k = _locate(
+            key_ids, window, windows_per_row, H, W, H_padded, W_padded, shift_h, shift_w, M, MASKED
+        )
+        base_ptr = qkv_ptr + image * 3 * C + head * D
+        q = _load_tokens(base_ptr, positions_q, inside_q, 3 * C, D, D_PADDED)
+        k = _load_tokens(base_ptr + C, positions_k, inside_k, 3 * C, D, D_PADDED)
+        v = _load_tokens(base_ptr + 2 * C, positions_k, inside_k, 3 * C, D, D_PADDED)
+        grad_out = _load_tokens(grad_out_ptr + image * C + head * D, positions_q, inside_q, C, D, D_PADDED)
         if COSINE:
-            q, _ = _unit(q)
-            k, factor_k = _unit(k)
-        kept = statistics + (i * tl.num_programs(0).to(tl.int64) + head) * 2 * N + rows
-        total = tl.load(kept, mask=rows < N, other=0.0)
-        mean = tl.load(kept + N, mask=rows < N, other=0.0)
-        scores = _scores(q, k, bias_tile, factor * LOG2E, regions, regions_k, MASKED)
-        weights = tl.exp2(scores - total[:, None])
-        target = grad_qkv + image * 3 * C + head * D
-        grad_v = _product(tl.trans(weights.to(v.dtype)), arriving)
-        _write(target + 2 * C, places_k, here_k, 3 * C, grad_v, D, WIDTH)
-        grad_scores = weights * (_product(arriving, tl.trans(v)) - mean[:, None])
-        grad_k = _product(tl.trans(grad_scores.to(q.dtype)), q)
+            q, _ = _normalize(q)
+            k, inverse_length_k = _normalize(k)
+        row_stats_ptr = stats_ptr + (i * tl.num_programs(0).to(tl.int64) + head) * 2 * N + query_ids
+        log2_row_sum = tl.load(row_stats_ptr, mask=query_ids < N, other=0.0)
+        mean_grad = tl.load(row_stats_ptr + N, mask=query_ids < N, other=0.0)
+        scores = _scores(q, k, bias_tile, scale * LOG2E, regions_q, regions_k, MASKED)
+        probs = tl.exp2(scores - log2_row_sum[:, None])
+        grad_base_ptr = grad_qkv_ptr + image * 3 * C + head * D
+        grad_v = _dot(tl.trans(probs.to(v.dtype)), grad_out)
+        _store_tokens(grad_base_ptr + 2 * C, positions_k, inside_k, 3 * C, grad_v, D, D_PADDED)
+        grad_scores = probs * (_dot(grad_out, tl.trans(v)) - mean_grad[:, None])
+        grad_k = _dot(tl.trans(grad_scores.to(q.dtype)), q)
         if COSINE:
-            grad_k = _back_through_unit(grad_k, k, factor_k)
-        _write(target + C, places_k, here_k, 3 * C, grad_k * factor, D, WIDTH)
+            grad_k = _normalize_backward(grad_k, k, inverse_length_k)
+        _store_tokens(grad_base_ptr + C, positions_k, inside_k, 3 * C, grad_k * scale, D, D_PADDED)

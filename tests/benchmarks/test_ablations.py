@@ -51,7 +51,7 @@ def test_without_relative_positions_is_a_table_of_zeros(attn: str):
 @pytest.mark.parametrize("size", [(32, 32), (29, 45)])
 def test_positions_alone_are_attention_with_queries_of_zero(size: tuple[int, int]):
     """The scaled products vanish; the shift's mask and the padding's stay."""
-    model = spread(small(relative="alone"))
+    model = spread(small(relative="bias_only"))
     full = spread(small(), seed=1)
     values = model.state_dict()
     for i, (alone, plain) in enumerate(zip(attentions(model), attentions(full), strict=True)):
@@ -74,7 +74,7 @@ def test_positions_alone_are_attention_with_queries_of_zero(size: tuple[int, int
 
 
 def test_positions_alone_drop_attention_in_training_only():
-    model, plain = spread(small(relative="alone", attn_drop_rate=0.5)), spread(small(relative="alone"))
+    model, plain = spread(small(relative="bias_only", attn_drop_rate=0.5)), spread(small(relative="bias_only"))
     assert not torch.equal(model(IMAGE), model(IMAGE))
     assert torch.equal(model.eval()(IMAGE), plain.eval()(IMAGE))
     with torch.autocast("cpu", torch.bfloat16):
@@ -83,7 +83,7 @@ def test_positions_alone_drop_attention_in_training_only():
 
 
 def test_unknown_treatment_of_positions():
-    with pytest.raises(ValueError, match="relative is 'learnt', not one of added, none, alone"):
+    with pytest.raises(ValueError, match="relative is 'learnt', not one of bias, none, bias_only"):
         WindowAttention(8, 2, (4, 4), 2, shifted=False, relative="learnt")
 
 
@@ -96,15 +96,15 @@ QUERIES_AND_KEYS = sum(depth * 2 * (dim**2 + dim) for depth, dim in ((2, 96), (2
 @pytest.mark.parametrize(
     ("opts", "params", "ape", "relative"),
     [
-        ("", PLAIN, False, "added"),
-        ("MODEL.SWIN.SHIFT false", PLAIN, False, "added"),
+        ("", PLAIN, False, "bias"),
+        ("MODEL.SWIN.SHIFT false", PLAIN, False, "bias"),
         ("MODEL.SWIN.POSITION none", PLAIN - TABLES, False, "none"),
         ("MODEL.SWIN.POSITION abs", PLAIN - TABLES + EMBEDDING, True, "none"),
-        ("MODEL.SWIN.POSITION abs+rel", PLAIN + EMBEDDING, True, "added"),
-        ("MODEL.SWIN.APE true", PLAIN + EMBEDDING, True, "added"),
+        ("MODEL.SWIN.POSITION abs+rel", PLAIN + EMBEDDING, True, "bias"),
+        ("MODEL.SWIN.APE true", PLAIN + EMBEDDING, True, "bias"),
         ("MODEL.SWIN.APE true MODEL.SWIN.POSITION abs", PLAIN - TABLES + EMBEDDING, True, "none"),
-        ("MODEL.SWIN.POSITION rel_no_app", PLAIN - QUERIES_AND_KEYS, False, "alone"),
-        ("MODEL.SWIN.POSITION rel", PLAIN, False, "added"),
+        ("MODEL.SWIN.POSITION rel_no_app", PLAIN - QUERIES_AND_KEYS, False, "bias_only"),
+        ("MODEL.SWIN.POSITION rel", PLAIN, False, "bias"),
     ],
 )
 def test_rows_of_table_4(opts: str, params: int, ape: bool, relative: str):
@@ -113,7 +113,7 @@ def test_rows_of_table_4(opts: str, params: int, ape: bool, relative: str):
     assert count_parameters(model) == params
     assert (model.absolute_pos_embed is not None, {a.relative for a in attentions(model)}) == (ape, {relative})
     assert [a.windows.shift for a in attentions(model)] == [0, 0 if "SHIFT" in opts else 3] * 6
-    if relative == "alone":
+    if relative == "bias_only":
         assert count_macs(model, 224) < 0.85 * 4_490_566_656
     else:
         assert count_macs(model, 224) == 4_490_566_656

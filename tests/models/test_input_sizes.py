@@ -1,6 +1,7 @@
-"""Swin V1 on images of any size, against a network computed token by token: no window formed, nothing padded."""
+"""Swin V1 on images of any size, against a network computed token by token, without windows and padding."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,32 +14,39 @@ from models.swin_transformer import SwinTransformer
 from tests._swin import assert_same_gradients, logits_and_gradients, small, spread
 
 
-def groups_along(length: int, window: int, shift: int) -> Tensor:
-    """For each place of an axis the window it falls into when cuts lie at shift, shift + window, …"""
+def axis_cells(length: int, window: int, shift: int) -> Tensor:
+    """Returns for each position of an axis the index of its window, if the axis is cut at shift, shift + window, …"""
     shift = shift if length > window else 0
     return torch.div(torch.arange(length) - shift, window, rounding_mode="floor")
 
 
-def attend_by_hand(model: SwinTransformer, prefix: str, x: Tensor, heads: int, window: int, shift: int) -> Tensor:
-    """Attention token by token over the tokens of the image that share its window. x is (H, W, C)."""
+def attend_by_token(model: SwinTransformer, prefix: str, x: Tensor, heads: int, window: int, shift: int) -> Tensor:
+    """Computes attention of (H, W, C), for each token over the tokens of the image in its window."""
     weights = dict(model.named_parameters())
     height, width, dim = x.shape
     q, k, v = F.linear(x, weights[prefix + "qkv.weight"], weights[prefix + "qkv.bias"]).split(dim, dim=-1)
     table = weights[prefix + "relative_position_bias_table"]
-    rows, columns = groups_along(height, window, shift), groups_along(width, window, shift)
+    rows, columns = axis_cells(height, window, shift), axis_cells(width, window, shift)
     out = torch.empty_like(x)
     for i, j in itertools.product(range(height), range(width)):
-        seen_rows, seen_columns = (rows == rows[i]).nonzero()[:, 0], (columns == columns[j]).nonzero()[:, 0]
-        seen = seen_rows.repeat_interleave(len(seen_columns)), seen_columns.repeat(len(seen_rows))
-        bias = table[(i - seen[0] + window - 1) * (2 * window - 1) + (j - seen[1] + window - 1)]  # (tokens, heads)
+        in_rows, in_columns = (rows == rows[i]).nonzero()[:, 0], (columns == columns[j]).nonzero()[:, 0]
+        visible = in_rows.repeat_interleave(len(in_columns)), in_columns.repeat(len(in_rows))
+        offsets = (i - visible[0] + window - 1) * (2 * window - 1) + (j - visible[1] + window - 1)
+        bias = table[offsets]  # (tokens, heads)
         for h, part in enumerate(torch.arange(dim).chunk(heads)):
-            scores = k[seen][:, part] @ q[i, j, part] / len(part) ** 0.5 + bias[:, h]
-            out[i, j, part] = scores.softmax(0) @ v[seen][:, part]
+            scores = k[visible][:, part] @ q[i, j, part] / len(part) ** 0.5 + bias[:, h]
+            out[i, j, part] = scores.softmax(0) @ v[visible][:, part]
     return F.linear(out, weights[prefix + "proj.weight"], weights[prefix + "proj.bias"])
 
 
-def network_by_hand(model: SwinTransformer, image: Tensor, depths, num_heads, windows) -> Tensor:
-    """Logits of one image (3, height, width), no window ever formed, no token padded, no mask. `windows` by stage."""
+def network_by_token(
+    model: SwinTransformer,
+    image: Tensor,
+    depths: tuple[int, ...],
+    num_heads: tuple[int, ...],
+    windows: tuple[int, ...],
+) -> Tensor:
+    """Computes the logits of an image (3, height, width) without windows, padding and mask. `windows` is per stage."""
     weights = dict(model.named_parameters())
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -47,13 +55,13 @@ def network_by_hand(model: SwinTransformer, image: Tensor, depths, num_heads, wi
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, weights[name + ".weight"], weights.get(name + ".bias"))
 
-    def even(x: Tensor, multiple: int) -> Tensor:
-        """Zeros at the ends of the first two axes."""
-        grown = x.new_zeros(-(-x.shape[0] // multiple) * multiple, -(-x.shape[1] // multiple) * multiple, x.shape[2])
-        grown[: x.shape[0], : x.shape[1]] = x
-        return grown
+    def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+        """Appends zeros to the first two axes."""
+        padded = x.new_zeros(-(-x.shape[0] // multiple) * multiple, -(-x.shape[1] // multiple) * multiple, x.shape[2])
+        padded[: x.shape[0], : x.shape[1]] = x
+        return padded
 
-    pixels = even(image.permute(1, 2, 0), 4)
+    pixels = pad_to_multiple(image.permute(1, 2, 0), 4)
     patches = pixels.unfold(0, 4, 4).unfold(1, 4, 4).flatten(2)  # (H, W, 3·4·4)
     x = patches @ weights["patch_embed.proj.weight"].flatten(1).T + weights["patch_embed.proj.bias"]
     x = norm(x, "patch_embed.norm")
@@ -61,11 +69,11 @@ def network_by_hand(model: SwinTransformer, image: Tensor, depths, num_heads, wi
         for j in range(depth):
             block, shift = f"layers.{i}.blocks.{j}.", j % 2 * (windows[i] // 2)
             attended = norm(x, block + "norm1")
-            x = x + attend_by_hand(model, block + "attn.", attended, num_heads[i], windows[i], shift)
+            x = x + attend_by_token(model, block + "attn.", attended, num_heads[i], windows[i], shift)
             hidden = F.gelu(linear(norm(x, block + "norm2"), block + "mlp.fc1"))
             x = x + linear(hidden, block + "mlp.fc2")
         if i < len(depths) - 1:
-            x = even(x, 2)
+            x = pad_to_multiple(x, 2)
             x = torch.cat([x[0::2, 0::2], x[1::2, 0::2], x[0::2, 1::2], x[1::2, 1::2]], dim=-1)
             x = linear(norm(x, f"layers.{i}.downsample.norm"), f"layers.{i}.downsample.reduction")
     return linear(norm(x, "norm").flatten(0, 1).mean(0), "head")
@@ -73,53 +81,59 @@ def network_by_hand(model: SwinTransformer, image: Tensor, depths, num_heads, wi
 
 @pytest.mark.parametrize("attn", ["reference", "sdpa"])
 @pytest.mark.parametrize(
-    ("built_for", "window", "windows", "size"),
+    ("img_size", "window", "windows", "size"),
     [
         (32, 4, (4, 4), (32, 32)),  # nothing to pad
         (32, 4, (4, 4), (32, 64)),  # not square, nothing to pad
-        (32, 3, (3, 3), (32, 32)),  # the map the model was built for is itself no multiple of the window
-        (32, 4, (4, 4), (29, 45)),  # no multiple of patch, merging or window
+        (32, 3, (3, 3), (32, 32)),  # the map of the expected size is not a multiple of the window
+        (32, 4, (4, 4), (29, 45)),  # not a multiple of patch, merging or window
         (32, 4, (4, 4), (11, 50)),  # a single window along one axis
         (32, 4, (4, 4), (3, 5)),  # smaller than a window
-        (30, 4, (4, 4), (30, 30)),  # built for an image that is no multiple of the patch
+        (30, 4, (4, 4), (30, 30)),  # the expected image is not a multiple of the patch
         (32, 7, (7, 4), (32, 32)),  # the window shrinks in the second stage
-        (32, 7, (7, 4), (64, 40)),  # and stays so where the map is larger
+        (32, 7, (7, 4), (64, 40)),  # and stays small on a larger map
         (32, 1, (1, 1), (20, 16)),  # every token alone
     ],
 )
-def test_any_size_by_hand(built_for: int, window: int, windows: tuple, size: tuple[int, int], attn: str):
-    model = spread(small(img_size=built_for, window_size=window, attn=attn)).eval()
+def test_any_size_by_token(img_size: int, window: int, windows: tuple, size: tuple[int, int], attn: str):
+    model = spread(small(img_size=img_size, window_size=window, attn=attn)).eval()
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
-        expected = torch.stack([network_by_hand(model, image, (2, 2), (2, 4), windows) for image in images])
+        expected = torch.stack([network_by_token(model, image, (2, 2), (2, 4), windows) for image in images])
         torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
 
 
 def test_padded_tokens_have_no_influence(monkeypatch):
-    """Whatever stands in them, the output stays, and nothing of it flows into the gradients."""
+    """Their values change neither the output nor the gradients."""
     model = spread(small())
     images = torch.randn(1, 3, 36, 52)
     logits, gradients = logits_and_gradients(model, images)
     for attention in (module for module in model.modules() if isinstance(module, WindowAttention)):
         split = attention.windows.split
-        monkeypatch.setattr(attention.windows, "split", lambda x, split=split, w=attention.windows: fill(split, x, w))
+        monkeypatch.setattr(
+            attention.windows,
+            "split",
+            lambda x, split=split, w=attention.windows: split_with_filled_padding(split, x, w),
+        )
     assert torch.equal(model(images), logits)
     assert_same_gradients(logits_and_gradients(model, images)[1], gradients)
 
 
-def fill(split, x: Tensor, windows: ShiftedWindows) -> tuple[Tensor, Tensor | None]:
-    """What `split` gives, with 2.5 instead of 0 in the tokens that it padded."""
-    cut, mask = split(x)
+def split_with_filled_padding(
+    split: Callable[[Tensor], tuple[Tensor, Tensor | None]], x: Tensor, windows: ShiftedWindows
+) -> tuple[Tensor, Tensor | None]:
+    """Calls `split` and fills the tokens that it padded with 2.5 instead of 0."""
+    grid, mask = split(x)
     real, _ = split(torch.ones_like(x))
     assert (real == 0).any() or x.shape[1] % windows.window == x.shape[2] % windows.window == 0
-    return cut.masked_fill(real == 0, 2.5), mask
+    return grid.masked_fill(real == 0, 2.5), mask
 
 
-def test_sizes_met_at_run_time_equal_those_built_for():
-    """A mask made on the fly is the mask kept ready; an input that needs no padding meets no other arithmetic."""
-    built_for_it, built_for_less = spread(small(img_size=64)).eval(), spread(small(img_size=32)).eval()
+def test_result_does_not_depend_on_the_expected_size():
+    """A mask computed at run time equals the buffer."""
+    expected_64, expected_32 = spread(small(img_size=64)).eval(), spread(small(img_size=32)).eval()
     images = torch.randn(2, 3, 64, 64)
-    assert torch.equal(built_for_less(images), built_for_it(images))
+    assert torch.equal(expected_32(images), expected_64(images))
 
 
 def test_absolute_embedding_on_its_own_map_and_others():
@@ -128,8 +142,8 @@ def test_absolute_embedding_on_its_own_map_and_others():
     image = torch.randn(2, 3, 32, 32)
     added = model.embed(image) - without.embed(image)
     torch.testing.assert_close(added[0].flatten(0, 1), model.absolute_pos_embed[0], atol=1e-5, rtol=0)
-    accumulate_dtype = torch.randn(1, 3, 32, 64)
-    added = (model.embed(accumulate_dtype) - without.embed(accumulate_dtype))[0].permute(2, 0, 1)
+    wide_image = torch.randn(1, 3, 32, 64)
+    added = (model.embed(wide_image) - without.embed(wide_image))[0].permute(2, 0, 1)
     grid = model.absolute_pos_embed.reshape(1, 8, 8, 16).permute(0, 3, 1, 2)
     expected = F.interpolate(grid, size=(8, 16), mode="bicubic", align_corners=False)[0]
     torch.testing.assert_close(added, expected, atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""Swin-MLP: against a network computed group by group without windows, and against the published sizes."""
+"""Swin-MLP against a network computed token by token, without windows, and against the published sizes."""
 
 import pytest
 import torch
@@ -32,16 +32,15 @@ PUBLISHED = [  # embed_dim, depths, heads, image, window; M parameters and G MAC
 )
 def test_published_sizes(dim, depths, heads, img_size, window, m_params, g_macs, params, macs):
     with torch.device("meta"):
-        model = SwinMLP(img_size, embed_dim=dim, depths=depths, num_heads=heads, window_size=window)
+        model = SwinMLP(img_size=img_size, embed_dim=dim, depths=depths, num_heads=heads, window_size=window)
     assert (count_parameters(model), count_macs(model, img_size)) == (params, macs)
     assert (round(params / 1e6), round(macs / 1e9, 1)) == (m_params, g_macs)
 
 
-def mix_by_hand(layer: SpatialMlp, x: Tensor, window: int, shift: int) -> Tensor:
-    """Token by token: each is the bias and the weighted sum of what is there of its window; zeros are not there.
+def mix_by_token(layer: SpatialMlp, x: Tensor, window: int, shift: int) -> Tensor:
+    """Computes each token of (H, W, C) as its bias plus the weighted sum of the tokens of its window, without padding.
 
-    Windows begin at shift - window where the map is longer than one, so that shift tokens come into the first one.
-    x is (H, W, C).
+    On an axis longer than a window, windows begin at shift - window: the first one contains `shift` tokens.
     """
     height, width, dim = x.shape
     weight = layer.weight[:, :, 0].unflatten(0, (layer.num_heads, -1))  # (nH, N, N)
@@ -56,10 +55,10 @@ def mix_by_hand(layer: SpatialMlp, x: Tensor, window: int, shift: int) -> Tensor
             own = (i - top) * window + j - left
             for h, part in enumerate(torch.arange(dim).chunk(layer.num_heads)):
                 total = bias[h, own].expand(len(part)).clone()
-                for place in range(window**2):
-                    a, b = top + place // window, left + place % window
+                for other in range(window**2):
+                    a, b = top + other // window, left + other % window
                     if 0 <= a < height and 0 <= b < width:
-                        total += weight[h, own, place] * x[a, b, part]
+                        total += weight[h, own, other] * x[a, b, part]
                 out[i, j, part] = total
     return out
 
@@ -68,24 +67,24 @@ def mix_by_hand(layer: SpatialMlp, x: Tensor, window: int, shift: int) -> Tensor
     ("map_size", "window", "size"),
     [
         ((8, 8), 4, (8, 8)),
-        ((6, 6), 3, (5, 7)),  # no multiple of the window
+        ((6, 6), 3, (5, 7)),  # not a multiple of the window
         ((6, 6), 3, (2, 7)),  # a single window along one axis: no shift along it
         ((3, 3), 5, (3, 3)),  # the window shrinks to the map
-        ((3, 3), 5, (6, 4)),  # and stays so where the map is larger
+        ((3, 3), 5, (6, 4)),  # and stays small on a larger map
         ((4, 4), 1, (3, 2)),  # every token alone
     ],
 )
 @pytest.mark.parametrize("shifted", [False, True])
-def test_mixing_by_hand(map_size, window, size, shifted):
+def test_spatial_mlp_by_token(map_size, window, size, shifted):
     layer = spread(SpatialMlp(2, map_size, window, shifted)).double()
     x = torch.randn(2, *size, 6, dtype=torch.float64)
     window = min(window, *map_size)
-    expected = torch.stack([mix_by_hand(layer, image, window, window // 2 if shifted else 0) for image in x])
+    expected = torch.stack([mix_by_token(layer, image, window, window // 2 if shifted else 0) for image in x])
     torch.testing.assert_close(layer(x), expected, atol=1e-12, rtol=0)
 
 
-def test_network_by_hand():
-    """Blocks, patch merging and classifier of the network, from its weights alone; the shift alternates."""
+def test_network_by_token():
+    """Blocks, patch merging and classifier, computed from the weights; the shift alternates."""
     model = spread(small_mlp())
     weights = dict(model.named_parameters())
 
@@ -102,7 +101,7 @@ def test_network_by_hand():
         for j in range(2):
             name = f"layers.{i}.blocks.{j}"
             shift = 2 if i == 0 and j == 1 else 0  # the second stage's map is one window
-            x = x + mix_by_hand(model.layers[i].blocks[j].spatial_mlp, norm(x, f"{name}.norm1"), 4, shift)
+            x = x + mix_by_token(model.layers[i].blocks[j].spatial_mlp, norm(x, f"{name}.norm1"), 4, shift)
             x = x + linear(F.gelu(linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")), f"{name}.mlp.fc2")
         if i == 0:
             x = torch.cat([x[0::2, 0::2], x[1::2, 0::2], x[0::2, 1::2], x[1::2, 1::2]], dim=-1)
@@ -133,26 +132,26 @@ def test_initial_values():
             assert 0.012 < value.std() < 0.028, name
 
 
-def test_what_does_not_decay():
+def test_weight_decay():
     model = small_mlp(ape=True)
-    kept = [name for group in parameter_groups(model, 0.05) if not group["weight_decay"] for name in group["names"]]
-    assert {name.rpartition(".")[2] for name in kept} == {"absolute_pos_embed", "weight", "bias"}
-    assert not any("spatial_mlp.weight" in name or "fc" in name and "weight" in name for name in kept)
+    exempt = [name for group in parameter_groups(model, 0.05) if not group["weight_decay"] for name in group["names"]]
+    assert {name.rpartition(".")[2] for name in exempt} == {"absolute_pos_embed", "weight", "bias"}
+    assert not any("spatial_mlp.weight" in name or "fc" in name and "weight" in name for name in exempt)
     assert model.get_layer_id("layers.1.blocks.0.spatial_mlp.weight") == 3 and model.num_layer_ids == 6
 
 
 def test_checkpointing_and_compiling_change_nothing():
     model = spread(small_mlp(img_size=40, window_size=3))
     expected, expected_gradients = logits_and_gradients(model, IMAGE)
-    again = small_mlp(img_size=40, window_size=3, use_checkpoint=True)
-    again.load_state_dict(model.state_dict())
+    checkpointed = small_mlp(img_size=40, window_size=3, use_checkpoint=True)
+    checkpointed.load_state_dict(model.state_dict())
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
-    for other in (again, compiled):
+    for other in (checkpointed, compiled):
         logits, gradients = logits_and_gradients(other, IMAGE)
         torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
         for name, gradient in gradients.items():
-            right = expected_gradients[name.removeprefix("_orig_mod.")]
-            torch.testing.assert_close(gradient, right, atol=1e-5, rtol=1e-5)
+            expected_gradient = expected_gradients[name.removeprefix("_orig_mod.")]
+            torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-5)
 
 
 def test_build_reads_every_key():
@@ -163,12 +162,27 @@ def test_build_reads_every_key():
     opts += "MODEL.SWIN_MLP.DEPTHS [1,2] MODEL.SWIN_MLP.NUM_HEADS [2,4] MODEL.SWIN_MLP.WINDOW_SIZE 5 "
     opts += "MODEL.SWIN_MLP.MLP_RATIO 3 MODEL.SWIN_MLP.APE true MODEL.SWIN_MLP.PATCH_NORM false"
     model = build_model(get_config(None, opts.split()), num_classes=7)
-    expected = SwinMLP(48, 2, 1, 7, 16, (1, 2), (2, 4), 5, 3.0, 0.1, 0.3, True, False, True)
+    expected = SwinMLP(
+        img_size=48,
+        patch_size=2,
+        in_chans=1,
+        num_classes=7,
+        embed_dim=16,
+        depths=(1, 2),
+        num_heads=(2, 4),
+        window_size=5,
+        mlp_ratio=3.0,
+        drop_rate=0.1,
+        drop_path_rate=0.3,
+        ape=True,
+        patch_norm=False,
+        use_checkpoint=True,
+    )
     assert repr(model) == repr(expected) and model.layers[0].use_checkpoint
     shapes = [(name, value.shape) for name, value in model.named_parameters()]
     assert shapes == [(name, value.shape) for name, value in expected.named_parameters()]
 
 
-def test_attention_keys_have_no_effect_and_say_so(caplog):
+def test_attention_keys_have_no_effect_and_warn(caplog):
     get_config(None, ["MODEL.TYPE", "swin_mlp", "MODEL.NUM_CLASSES", 10, "MODEL.ATTN", "sdpa"])
     assert len(caplog.messages) == 1 and "MODEL.ATTN has no effect here: Swin-MLP has no attention" in caplog.text

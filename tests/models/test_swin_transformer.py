@@ -1,4 +1,4 @@
-"""Swin V1 as a whole: against timm's in values and gradients, against the paper in size; and how it is built."""
+"""Swin V1 as a whole: against timm in values and gradients, against the paper in size; and `build_model`."""
 
 import itertools
 
@@ -24,7 +24,7 @@ from tests._swin import (
 from utils.errors import UserError
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-CUTS = [  # every width and number of heads of the paper, on maps that take less time
+REDUCED = [  # every width and number of heads of the paper, on smaller maps
     ("tiny", 224, 7, None),
     ("small", 96, 3, (1, 2, 3, 2)),
     ("base", 96, 3, (1, 2, 2, 1)),
@@ -38,10 +38,10 @@ FULL += [("large", 384, 12, None)]
 
 @pytest.mark.parametrize(
     ("size", "img_size", "window", "depths"),
-    [*CUTS, *(pytest.param(*case, marks=pytest.mark.slow) for case in FULL)],
+    [*REDUCED, *(pytest.param(*case, marks=pytest.mark.slow) for case in FULL)],
 )
 def test_equal_to_timm(size: str, img_size: int, window: int, depths: tuple[int, ...] | None):
-    """Train mode, all ways of attention, with and without checkpointing: logits, and every gradient."""
+    """Logits and every gradient in train mode, for several implementations, with and without checkpointing."""
     arguments = architecture(size, img_size, window, depths)
     timm_model = timm_swin(**arguments).train()
     images = torch.randn(1, 3, img_size, img_size, generator=torch.Generator().manual_seed(1))
@@ -62,8 +62,8 @@ def test_equal_to_timm(size: str, img_size: int, window: int, depths: tuple[int,
 @pytest.mark.parametrize(
     ("attn", "use_checkpoint"), list(itertools.product(("auto", "reference", "sdpa"), (False, True)))
 )
-def test_every_path_gives_the_same(attn: str, use_checkpoint: bool):
-    """The shift, the padding and the absolute embedding included; in inference too."""
+def test_implementations_and_checkpointing_agree(attn: str, use_checkpoint: bool):
+    """With shift, padding and absolute embedding; in inference too."""
     arguments = {"img_size": 40, "ape": True, "window_size": 3}
     plain = spread(small(attn="reference", **arguments))
     model = small(attn=attn, use_checkpoint=use_checkpoint, **arguments)
@@ -77,7 +77,7 @@ def test_every_path_gives_the_same(attn: str, use_checkpoint: bool):
         torch.testing.assert_close(model.eval()(images), expected, atol=1e-5, rtol=0)
 
 
-def test_checkpointing_computes_blocks_again(monkeypatch):
+def test_checkpointing_recomputes_blocks(monkeypatch):
     calls = []
     forward = WindowAttention.forward
     monkeypatch.setattr(WindowAttention, "forward", lambda self, x: calls.append(1) or forward(self, x))
@@ -87,7 +87,7 @@ def test_checkpointing_computes_blocks_again(monkeypatch):
         assert len(calls) == expected
 
 
-def test_checkpointing_draws_the_same_dropout_again():
+def test_checkpointing_repeats_the_same_dropout():
     arguments = {"drop_rate": 0.2, "attn_drop_rate": 0.2, "drop_path_rate": 0.5}
     plain, checkpointed = spread(small(**arguments)), spread(small(use_checkpoint=True, **arguments))
     torch.manual_seed(3)
@@ -99,7 +99,7 @@ def test_checkpointing_draws_the_same_dropout_again():
         assert torch.equal(gradients[name], gradient), name
 
 
-PAPER = [  # size, image, window; parameters in M and MACs in G as the paper's tables 1 and 7 print them; both counted
+PAPER = [  # size, image, window; parameters (M) and MACs (G) as printed in tables 1 and 7; exact counts
     ("tiny", 224, 7, 29, 4.5, 28_288_354, 4_490_566_656),
     ("small", 224, 7, 50, 8.7, 49_606_258, 8_740_875_264),
     ("base", 224, 7, 88, 15.4, 87_768_224, 15_430_946_816),
@@ -109,8 +109,8 @@ PAPER = [  # size, image, window; parameters in M and MACs in G as the paper's t
 ]
 
 
-def macs_by_hand(dim: int, depths: tuple[int, ...], img_size: int, window: int) -> int:
-    """Section 3.2, equation 2 (with the MLP of ratio 4), and the products outside of the blocks."""
+def expected_macs(dim: int, depths: tuple[int, ...], img_size: int, window: int) -> int:
+    """Computes section 3.2, equation 2 (with an MLP of ratio 4), and the products outside of the blocks."""
     side = img_size // 4
     total = side**2 * dim * 3 * 4 * 4
     for stage, depth in enumerate(depths):
@@ -125,18 +125,18 @@ def macs_by_hand(dim: int, depths: tuple[int, ...], img_size: int, window: int) 
 @pytest.mark.parametrize("attn", ["reference", "sdpa"])
 @pytest.mark.parametrize(("size", "img_size", "window", "m_params", "g_macs", "params", "macs"), PAPER)
 def test_sizes_of_the_paper(size, img_size, window, m_params, g_macs, params, macs, attn):
-    """Counted to the last one. The paper prints 29 for 28.3 M (tiny) and 47.0 for 47.08 G (base, 384)."""
+    """Exact counts. The paper prints 29 for 28.3 M (tiny) and 47.0 for 47.08 G (base, 384)."""
     arguments = architecture(size, img_size, window)
     with torch.device("meta"):
         model = SwinTransformer(attn=attn, **arguments)
     assert count_parameters(model) == params
     assert count_macs(model, img_size) == macs
-    assert macs == macs_by_hand(arguments["embed_dim"], arguments["depths"], img_size, window)
+    assert macs == expected_macs(arguments["embed_dim"], arguments["depths"], img_size, window)
     assert params / 1e6 == pytest.approx(m_params, abs=0.75)
     assert macs / 1e9 == pytest.approx(g_macs, abs=0.09)
 
 
-def test_counting_leaves_the_model_as_it_was():
+def test_counting_does_not_change_the_model():
     model = small()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert count_macs(model, 32) > 0
@@ -151,7 +151,7 @@ BLOCK += ["mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"]
 
 
 def test_names_and_order_of_the_parameters():
-    """Those of the released checkpoints: optimizer states, too, go by this order."""
+    """They equal those of the released checkpoints. Optimizer states use this order too."""
     with torch.device("meta"):
         model = SwinTransformer(ape=True)
     assert [name for name, _ in model.named_parameters()] == released_names(BLOCK)
@@ -167,24 +167,24 @@ def test_pyramid_equal_to_timm():
     model.load_state_dict(from_timm(timm_model))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        found = model.forward_features(images, out_indices=(0, 1, 2, 3))
+        maps = model.forward_features(images, out_indices=(0, 1, 2, 3))
         expected = timm_model.forward_intermediates(images, intermediates_only=True)
         last = model.forward_features(images)
-    assert [tuple(x.shape) for x in found] == [(2, 96, 16, 16), (2, 192, 8, 8), (2, 384, 4, 4), (2, 768, 2, 2)]
-    for ours, theirs in zip(found, expected, strict=True):
+    assert [tuple(x.shape) for x in maps] == [(2, 96, 16, 16), (2, 192, 8, 8), (2, 384, 4, 4), (2, 768, 2, 2)]
+    for ours, theirs in zip(maps, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(last, timm_model.forward_features(images), atol=1e-5, rtol=1e-5)
 
 
 def test_pyramid_of_chosen_stages():
     model = small(depths=(1, 1, 1), num_heads=(2, 4, 8)).eval()
-    every = model.forward_features(IMAGE, out_indices=(0, 1, 2))
-    for chosen in ((1,), (2, 0), ()):
-        found = model.forward_features(IMAGE, out_indices=chosen)
-        assert all(torch.equal(x, every[i]) for x, i in zip(found, chosen, strict=True))
-    for wrong in ((3,), (-1,)):
+    all_maps = model.forward_features(IMAGE, out_indices=(0, 1, 2))
+    for out_indices in ((1,), (2, 0), ()):
+        maps = model.forward_features(IMAGE, out_indices=out_indices)
+        assert all(torch.equal(x, all_maps[i]) for x, i in zip(maps, out_indices, strict=True))
+    for invalid in ((3,), (-1,)):
         with pytest.raises(ValueError, match="from 0 to 2"):
-            model.forward_features(IMAGE, out_indices=wrong)
+            model.forward_features(IMAGE, out_indices=invalid)
 
 
 def test_without_classifier_gives_pooled_features():
@@ -192,9 +192,9 @@ def test_without_classifier_gives_pooled_features():
     torch.testing.assert_close(model(IMAGE), model.forward_features(IMAGE).flatten(1, 2).mean(1))
 
 
-@pytest.mark.parametrize("which", ["drop_rate", "attn_drop_rate", "drop_path_rate"])
-def test_dropouts_act_in_training_only(which: str):
-    model, plain = spread(small(**{which: 0.5})), spread(small())
+@pytest.mark.parametrize("rate", ["drop_rate", "attn_drop_rate", "drop_path_rate"])
+def test_dropout_is_active_in_training_only(rate: str):
+    model, plain = spread(small(**{rate: 0.5})), spread(small())
     assert not torch.equal(model(IMAGE), model(IMAGE))
     assert torch.equal(model.eval()(IMAGE), plain.eval()(IMAGE))
 
@@ -202,18 +202,20 @@ def test_dropouts_act_in_training_only(which: str):
 def test_drop_path_rises_linearly():
     with torch.device("meta"):
         model = SwinTransformer(drop_path_rate=0.2)
-    rates = [block.drop_path.rate for block in blocks_of(model)]
+    rates = [block.drop_path.rate for block in model.blocks()]
     assert rates == pytest.approx([0.2 * i / 11 for i in range(12)])
     assert small(depths=(1,), num_heads=(2,), drop_path_rate=0.2)(IMAGE).shape == (2, 5)  # no division by zero
 
 
-def blocks_of(model: SwinTransformer) -> list[SwinTransformerBlock]:
-    return [module for module in model.modules() if isinstance(module, SwinTransformerBlock)]
+def test_blocks_are_all_blocks_in_order():
+    model = small(depths=(1, 2), num_heads=(2, 4))
+    assert list(model.blocks()) == [m for m in model.modules() if isinstance(m, SwinTransformerBlock)]
+    assert len(list(model.blocks())) == 3
 
 
-def test_shift_alternates_and_ends_where_one_window_covers_the_map():
+def test_every_second_block_is_shifted_unless_one_window_covers_the_map():
     with torch.device("meta"):
-        windows = [block.attn.windows for block in blocks_of(SwinTransformer())]
+        windows = [block.attn.windows for block in SwinTransformer().blocks()]
     shifts = [w.shifts(*w.map_size) for w in windows]
     assert shifts == [(0, 0), (3, 3)] * 5 + [(0, 0)] * 2
 
@@ -225,7 +227,7 @@ def test_options_of_the_projections():
     assert names["layers.0.blocks.0.mlp.fc1.weight"].shape == (32, 16)
     default = small(qkv_bias=False, patch_norm=False, mlp_ratio=2.0)
     default.load_state_dict(spread(model).state_dict())
-    for block, other in zip(blocks_of(model), blocks_of(default), strict=True):
+    for block, other in zip(model.blocks(), default.blocks(), strict=True):
         d = other.attn.qkv.in_features // other.attn.num_heads
         with torch.no_grad():
             other.attn.qkv.weight[: other.attn.qkv.in_features] *= 0.7 * d**0.5
@@ -244,19 +246,21 @@ def test_initial_values():
             assert 0.013 < value.std() < 0.027, name
 
 
-def test_depths_for_layer_decay():
+def test_layer_ids():
     with torch.device("meta"):
         model = SwinTransformer()
     assert model.num_layer_ids == 14
-    depths = {name: model.get_layer_id(name) for name, _ in model.named_parameters()}
-    assert depths["patch_embed.norm.weight"] == model.get_layer_id("absolute_pos_embed") == 0
-    assert depths["layers.0.blocks.0.norm1.weight"] == 1
-    assert depths["layers.0.blocks.1.mlp.fc2.bias"] == depths["layers.0.downsample.reduction.weight"] == 2
+    layer_ids = {name: model.get_layer_id(name) for name, _ in model.named_parameters()}
+    assert layer_ids["patch_embed.norm.weight"] == model.get_layer_id("absolute_pos_embed") == 0
+    assert layer_ids["layers.0.blocks.0.norm1.weight"] == 1
+    assert layer_ids["layers.0.blocks.1.mlp.fc2.bias"] == layer_ids["layers.0.downsample.reduction.weight"] == 2
     assert (
-        depths["layers.2.blocks.5.attn.relative_position_bias_table"] == depths["layers.2.downsample.norm.bias"] == 10
+        layer_ids["layers.2.blocks.5.attn.relative_position_bias_table"]
+        == layer_ids["layers.2.downsample.norm.bias"]
+        == 10
     )
-    assert depths["layers.3.blocks.1.attn.qkv.weight"] == 12
-    assert depths["norm.weight"] == depths["head.bias"] == 13
+    assert layer_ids["layers.3.blocks.1.attn.qkv.weight"] == 12
+    assert layer_ids["norm.weight"] == layer_ids["head.bias"] == 13
 
 
 def test_names_exempt_from_weight_decay():
@@ -286,65 +290,67 @@ def test_compiles_without_a_break(backend: str, attn: str):
     assert_same_gradients({name.removeprefix("_orig_mod."): g for name, g in gradients.items()}, expected_gradients)
 
 
-def config_with(**changes):
-    config = get_config(None).clone()
-    config.defrost()
-    config.merge_from_list([part for key, value in changes.items() for part in (key.replace("__", "."), value)])
-    return config
-
-
 def test_build_from_the_defaults():
     with torch.device("meta"):
         model = build_model(get_config(None))
     assert count_parameters(model) == 28_288_354
-    assert blocks_of(model)[-1].drop_path.rate == pytest.approx(0.1)
+    assert list(model.blocks())[-1].drop_path.rate == pytest.approx(0.1)
+
+
+ALL_KEYS = "DATA.IMG_SIZE 48 MODEL.NUM_CLASSES 0 MODEL.DROP_RATE 0.1 MODEL.ATTN_DROP_RATE 0.2 THROUGHPUT_MODE true "
+ALL_KEYS += "MODEL.DROP_PATH_RATE 0.3 MODEL.ATTN reference TRAIN.USE_CHECKPOINT true MODEL.SWIN.PATCH_SIZE 2 "
+ALL_KEYS += "MODEL.SWIN.IN_CHANS 1 MODEL.SWIN.EMBED_DIM 16 MODEL.SWIN.DEPTHS [1,2] MODEL.SWIN.NUM_HEADS [2,2] "
+ALL_KEYS += "MODEL.SWIN.WINDOW_SIZE 5 MODEL.SWIN.MLP_RATIO 3.0 MODEL.SWIN.QKV_BIAS false MODEL.SWIN.QK_SCALE 0.5 "
+ALL_KEYS += "MODEL.SWIN.APE true MODEL.SWIN.PATCH_NORM false"
 
 
 def test_build_reads_every_key():
-    config = config_with(
-        DATA__IMG_SIZE=48,
-        MODEL__NUM_CLASSES=0,
-        MODEL__DROP_RATE=0.1,
-        MODEL__ATTN_DROP_RATE=0.2,
-        MODEL__DROP_PATH_RATE=0.3,
-        MODEL__ATTN="reference",
-        MODEL__SWIN__PATCH_SIZE=2,
-        MODEL__SWIN__IN_CHANS=1,
-        MODEL__SWIN__EMBED_DIM=16,
-        MODEL__SWIN__DEPTHS=[1, 2],
-        MODEL__SWIN__NUM_HEADS=[2, 2],
-        MODEL__SWIN__WINDOW_SIZE=5,
-        MODEL__SWIN__MLP_RATIO=3.0,
-        MODEL__SWIN__QKV_BIAS=False,
-        MODEL__SWIN__APE=True,
-        MODEL__SWIN__PATCH_NORM=False,
-        TRAIN__USE_CHECKPOINT=True,
-    )
-    config.MODEL.SWIN.QK_SCALE = 0.5
+    config = get_config(None, ALL_KEYS.split())
     model = build_model(config, num_classes=7)
     expected = SwinTransformer(
-        48, 2, 1, 7, 16, (1, 2), (2, 2), 5, 3.0, False, 0.5, 0.1, 0.2, 0.3, True, False, True, "reference"
+        img_size=48,
+        patch_size=2,
+        in_chans=1,
+        num_classes=7,
+        embed_dim=16,
+        depths=(1, 2),
+        num_heads=(2, 2),
+        window_size=5,
+        mlp_ratio=3.0,
+        qkv_bias=False,
+        qk_scale=0.5,
+        drop_rate=0.1,
+        attn_drop_rate=0.2,
+        drop_path_rate=0.3,
+        ape=True,
+        patch_norm=False,
+        use_checkpoint=True,
+        attn="reference",
     )
     assert repr(model) == repr(expected)
     shapes = [(name, value.shape) for name, value in model.named_parameters()]
     assert shapes == [(name, value.shape) for name, value in expected.named_parameters()]
-    attention = blocks_of(model)[0].attn
+    attention = next(model.blocks()).attn
     assert (attention.scale, attention.attn_drop, attention.impl) == (0.5, 0.2, "reference")
     assert model.layers[0].use_checkpoint and model.pos_drop.p == 0.1
     assert isinstance(build_model(config).head, torch.nn.Identity)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("opts", "message"),
     [
-        ({"MODEL__TYPE": "resnet"}, "MODEL.TYPE 'resnet' is not known.*swin, swinv2, swin_mlp, timm"),
-        ({"MODEL__TYPE": "swinv2", "MODEL__SWINV2__DEPTHS": [2, 2]}, "MODEL.SWINV2.DEPTHS.*MODEL.SWINV2.NUM_HEADS"),
-        ({"MODEL__ATTN": "flash"}, "MODEL.ATTN 'flash'.*auto, reference, sdpa"),
-        ({"MODEL__SWIN__DEPTHS": [2, 2]}, "MODEL.SWIN.DEPTHS.*MODEL.SWIN.NUM_HEADS"),
-        ({"MODEL__SWIN__EMBED_DIM": 100}, "3 heads.*100 channels of stage 0.*MODEL.SWIN.EMBED_DIM"),
-        ({"MODEL__SWIN__NUM_HEADS": [3, 6, 7, 24]}, "MODEL.SWIN.NUM_HEADS: 7 heads.*384 channels of stage 2"),
+        (["MODEL.TYPE", "resnet"], "MODEL.TYPE is 'resnet'.*swin, swinv2, swin_mlp, timm"),
+        (
+            ["MODEL.TYPE", "swinv2", "MODEL.SWINV2.DEPTHS", [2, 2]],
+            "MODEL.SWINV2.DEPTHS.*MODEL.SWINV2.NUM_HEADS.*equally long",
+        ),
+        (["MODEL.ATTN", "flash"], "MODEL.ATTN is 'flash'.*auto, reference, sdpa"),
+        (["MODEL.SWIN.DEPTHS", [2, 2]], "MODEL.SWIN.DEPTHS.*MODEL.SWIN.NUM_HEADS.*equally long"),
+        (["MODEL.SWIN.EMBED_DIM", 100], "100 channels of stage 0.*3 heads.*MODEL.SWIN.EMBED_DIM"),
+        (["MODEL.SWIN.NUM_HEADS", [3, 6, 7, 24]], "MODEL.SWIN.NUM_HEADS.*384 channels of stage 2.*7 heads"),
     ],
 )
-def test_impossible_combinations(changes: dict, message: str):
+def test_impossible_architectures(opts: list, message: str):
+    """`build_model` relies on these checks of the configuration."""
     with pytest.raises(UserError, match=message):
-        build_model(config_with(**changes))
+        get_config(None, opts)

@@ -1,4 +1,4 @@
-"""MODEL.TYPE timm: the same function, groups and sizes as timm's own, and the main job with such a model."""
+"""MODEL.TYPE timm: outputs, parameter groups and sizes equal timm's own; main.py trains and evaluates such a model."""
 
 import copy
 from pathlib import Path
@@ -18,16 +18,16 @@ from optimizer import build_optimizer, parameter_groups
 from tests._images import write_splits
 from utils.errors import UserError
 
-KINDS = ["test_vit", "test_resnet", "test_efficientnet", "test_convnext", "regnety_002", "swinv2_cr_tiny_ns_224"]
+NAMES = ["test_vit", "test_resnet", "test_efficientnet", "test_convnext", "regnety_002", "swinv2_cr_tiny_ns_224"]
 
 
 def config_of(name: str, *opts: object):
     return get_config(None, ["MODEL.TYPE", "timm", "MODEL.NAME", name, *opts])
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_equal_to_timm_in_names_groups_and_depths(name: str):
-    """With timm's own grouping, by its own functions."""
+@pytest.mark.parametrize("name", NAMES)
+def test_parameter_groups_equal_timm(name: str):
+    """Against timm's own grouping functions."""
     with torch.device("meta"):
         model = build_timm_model(name, 10, timm.get_pretrained_cfg(name).input_size[-1], drop_path_rate=0.1)
         theirs = timm.create_model(name, num_classes=10)
@@ -56,7 +56,7 @@ def test_equal_to_timm_in_names_groups_and_depths(name: str):
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
-def test_computes_what_timm_computes(name: str):
+def test_outputs_equal_timm(name: str):
     model = build_model(config_of(name), num_classes=7).eval()
     theirs = timm.create_model(name, num_classes=7).eval()
     theirs.load_state_dict(model.state_dict())
@@ -66,19 +66,19 @@ def test_computes_what_timm_computes(name: str):
     assert input_channels(config_of(name)) == 3
 
 
-def test_a_copy_answers_too():
-    """As the moving average makes one."""
+def test_a_deep_copy_has_the_methods():
+    """The moving average is a deep copy."""
     model = build_timm_model("test_vit", 10, 160)
-    again = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     assert (
-        again.no_weight_decay()
+        copied.no_weight_decay()
         == model.no_weight_decay()
         == {"pos_embed", "cls_token", "reg_token"} & set(dict(model.named_parameters()))
     )
-    assert again.get_layer_id("head.weight") == model.num_layer_ids - 1
+    assert copied.get_layer_id("head.weight") == model.num_layer_ids - 1
 
 
-def test_image_size_and_interpolation_come_from_timm_unless_given(caplog):
+def test_image_size_and_interpolation_default_to_timm(caplog):
     config = config_of("test_resnet", "MODEL.NUM_CLASSES", 10)
     assert (config.DATA.IMG_SIZE, config.DATA.INTERPOLATION) == (160, "bilinear")
     assert [line.split(" is not given")[0] for line in caplog.messages] == ["DATA.IMG_SIZE", "DATA.INTERPOLATION"]
@@ -89,13 +89,13 @@ def test_image_size_and_interpolation_come_from_timm_unless_given(caplog):
 
 
 def test_another_image_size():
-    """A ViT gets a position embedding for it; a convolutional network takes it as it is."""
+    """A ViT is built with a position embedding of this size; a convolutional network takes any size."""
     assert build_timm_model("test_vit", 10, 96)(torch.randn(1, 3, 96, 96)).shape == (1, 10)
     assert build_timm_model("test_resnet", 10, 96)(torch.randn(1, 3, 96, 96)).shape == (1, 10)
     assert build_timm_model("test_vit", 0, 160)(torch.randn(1, 3, 160, 160)).shape == (1, 64)
 
 
-def test_what_a_model_cannot_do_is_said(caplog):
+def test_arguments_without_effect_are_logged(caplog):
     build_timm_model("test_mambaout", 10, 160, drop_path_rate=0.1)
     assert caplog.messages == []
     build_timm_model("vgg11", 10, 224, drop_path_rate=0.1)
@@ -110,19 +110,19 @@ def test_checkpointing_is_switched_on():
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_windw7_224", "hf-hub:somebody/model", "resnet"])
-def test_a_name_that_timm_lacks(name: str):
+def test_unknown_name(name: str):
     with pytest.raises(UserError, match="MODEL.NAME .* is no model of timm"):
         config_of(name)
     with pytest.raises(UserError, match="is no model of timm"):
         build_timm_model(name, 10, 224)
 
 
-def test_a_near_name_is_suggested():
+def test_similar_name_is_suggested():
     with pytest.raises(UserError, match="--opts: MODEL.NAME 'vit_base_patch16_22'.*vit_base_patch16_224"):
         config_of("vit_base_patch16_22")
 
 
-PEERS = [  # timm's name of a peer in the paper's Table 1, pixels; parameters in M and MACs in G as printed there
+PEERS = [  # timm's name of a model in the paper's Table 1, image size; parameters (M) and MACs (G) as printed there
     ("regnety_040", 224, 21, 4.0),
     ("regnety_080", 224, 39, 8.0),
     ("regnety_160", 224, 84, 16.0),
@@ -135,7 +135,7 @@ PEERS = [  # timm's name of a peer in the paper's Table 1, pixels; parameters in
 
 
 @pytest.mark.parametrize(("name", "img_size", "m_params", "g_macs"), PEERS)
-def test_peers_have_the_sizes_of_table_1(name: str, img_size: int, m_params: float, g_macs: float):
+def test_sizes_of_table_1(name: str, img_size: int, m_params: float, g_macs: float):
     with torch.device("meta"):
         model = build_timm_model(name, 1000, img_size)
     assert count_parameters(model) / 1e6 == pytest.approx(m_params, abs=0.9)
@@ -150,23 +150,23 @@ AMP_ENABLE: False
 """
 
 
-def test_the_main_job_trains_and_evaluates_one(tmp_path: Path, capfd: pytest.CaptureFixture):
+def test_main_trains_and_evaluates(tmp_path: Path, capfd: pytest.CaptureFixture):
     data = write_splits(tmp_path / "data", {"a": 6, "b": 6}, {"a": 3, "b": 3})
     recipe = tmp_path / "timm.yaml"
     recipe.write_text(RECIPE)
     argv = ["--cfg", str(recipe), "--data-path", str(data), "--output", str(tmp_path / "logs")]
     assert main(argv) == 0
-    said = capfd.readouterr()
-    assert "best top-1" in said.out + said.err
+    output = capfd.readouterr()
+    assert "best top-1" in output.out + output.err
     best = tmp_path / "logs" / "test_vit" / "default" / "checkpoints" / "best.pth"
     assert main([*argv, "--eval", "--resume", str(best)]) == 0
-    said = capfd.readouterr()
-    assert "6 images: top-1" in said.out + said.err
+    output = capfd.readouterr()
+    assert "6 images: top-1" in output.out + output.err
     saved = torch.load(best, weights_only=True)["model"]
     timm.create_model("test_vit", num_classes=2, img_size=64).load_state_dict(saved)  # timm's names
 
 
-def test_optimizer_is_built_over_all_parameters():
+def test_optimizer_has_all_parameters():
     config = config_of("test_efficientnet", "TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.LAYER_DECAY", 0.9)
     model = build_model(config, num_classes=4)
     optimizer = build_optimizer(config, model)

@@ -1,10 +1,13 @@
-// Window attention on a CPU, forward and backward; native.py says what is computed, native_build.py compiles this.
+// Window attention on a CPU, forward and backward. models/ops/native_attention.py compiles and calls it;
+// models/ops/reference.py is the definition.
 //
-// A thread takes a window at a time and keeps all of it in its caches: tokens are read from the unrolled projection
-// (B, H, W, 3, nH, d) where the shift finds them, and what a head says is written where its token lies. Scores are kept
-// transposed, keys down and queries across, so that the softmax runs down the columns and no vector is summed across.
+// A thread computes one window at a time and keeps all of it in its caches. Tokens are loaded from the unsplit
+// projection (B, H, W, 3, nH, d) at the positions given by the cyclic shift, and results are stored at their token's
+// position. Scores are kept transposed, keys by queries, so that the softmax runs down the columns and no vector has to
+// be summed across its lanes.
 //
-// Shapes as in native.py. NP is N up to whole vectors of 16.
+// Shapes: B batch, H W token grid, C channels, N tokens in a window, NP is N rounded up to whole vectors of 16,
+// nH heads, d head dimension.
 #include "packs.h"
 
 #include <algorithm>
@@ -13,65 +16,70 @@
 
 namespace {
 
-struct Shape {  // as native.py passes it
-  long B, H, W, heads, d, window, down, right;
+struct Shape {  // as native_attention.py passes it
+  long B, H, W, num_heads, d, window, shift_h, shift_w;
   long rows() const { return (H + window - 1) / window; }
   long columns() const { return (W + window - 1) / window; }
   long N() const { return window * window; }
   long NP() const { return (N() + 15) / 16 * 16; }
-  long C() const { return heads * d; }
-  long windows() const { return B * rows() * columns(); }
+  long C() const { return num_heads * d; }
+  long num_windows() const { return B * rows() * columns(); }
 };
 
-// c (R, 16 L) = a (R, steps) b (steps, 16 L); a's word for row r and step k is a[r * row + k * step].
-template <typename Words, int R, int L>
-inline void tile(const float* a, long row, long step, const float* b, long ldb, float* c, long ldc, long steps) {
+// c (R, 16 L) = a (R, K packs) b (K packs, 16 L). The pack of a in row r at k is a[r * row_stride + k * k_stride].
+template <typename Pack, int R, int L>
+inline void matmul_tile(const float* a, long row_stride, long k_stride, const float* b, long ldb, float* c, long ldc,
+                        long K) {
   vec sum[R][L];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
     for (int l = 0; l < L; l++) sum[r][l] = vec{};
-  for (long k = 0; k < steps; k++) {
-    vec across[L];
-    for (int l = 0; l < L; l++) across[l] = load(b + k * ldb + 16 * l);
+  for (long k = 0; k < K; k++) {
+    vec b_row[L];
+    for (int l = 0; l < L; l++) b_row[l] = load(b + k * ldb + 16 * l);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-      for (int l = 0; l < L; l++) sum[r][l] = Words::add_product(sum[r][l], a[r * row + k * step], across[l]);
+      for (int l = 0; l < L; l++) sum[r][l] = Pack::multiply_add(sum[r][l], a[r * row_stride + k * k_stride], b_row[l]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
     for (int l = 0; l < L; l++) store(c + r * ldc + 16 * l, sum[r][l]);
 }
 
-// c (M, columns) = a b, rows at most 8 at a time and as evenly as can be; columns are a multiple of 16.
-template <typename Words, int L>
-void stripes(long M, const float* a, long row, long step, const float* b, long ldb, float* c, long ldc, long steps) {
+// 16 L columns of c = a b: blocks of at most 8 of the M rows, as equal as possible.
+template <typename Pack, int L>
+void matmul_columns(long M, const float* a, long row_stride, long k_stride, const float* b, long ldb, float* c,
+                    long ldc, long K) {
   long blocks = (M + 7) / 8;
   for (long n = 0, i = 0; n < blocks; n++) {
     long R = M / blocks + (n < M % blocks);
-    const float* at = a + i * row;
-    float* to = c + i * ldc;
+    const float* a_block = a + i * row_stride;
+    float* c_block = c + i * ldc;
     switch (R) {
-      case 8: tile<Words, 8, L>(at, row, step, b, ldb, to, ldc, steps); break;
-      case 7: tile<Words, 7, L>(at, row, step, b, ldb, to, ldc, steps); break;
-      case 6: tile<Words, 6, L>(at, row, step, b, ldb, to, ldc, steps); break;
-      case 5: tile<Words, 5, L>(at, row, step, b, ldb, to, ldc, steps); break;
-      case 4: tile<Words, 4, L>(at, row, step, b, ldb, to, ldc, steps); break;
-      case 3: tile<Words, 3, L>(at, row, step, b, ldb, to, ldc, steps); break;
-      case 2: tile<Words, 2, L>(at, row, step, b, ldb, to, ldc, steps); break;
-      default: tile<Words, 1, L>(at, row, step, b, ldb, to, ldc, steps);
+      case 8: matmul_tile<Pack, 8, L>(a_block, row_stride, k_stride, b, ldb, c_block, ldc, K); break;
+      case 7: matmul_tile<Pack, 7, L>(a_block, row_stride, k_stride, b, ldb, c_block, ldc, K); break;
+      case 6: matmul_tile<Pack, 6, L>(a_block, row_stride, k_stride, b, ldb, c_block, ldc, K); break;
+      case 5: matmul_tile<Pack, 5, L>(a_block, row_stride, k_stride, b, ldb, c_block, ldc, K); break;
+      case 4: matmul_tile<Pack, 4, L>(a_block, row_stride, k_stride, b, ldb, c_block, ldc, K); break;
+      case 3: matmul_tile<Pack, 3, L>(a_block, row_stride, k_stride, b, ldb, c_block, ldc, K); break;
+      case 2: matmul_tile<Pack, 2, L>(a_block, row_stride, k_stride, b, ldb, c_block, ldc, K); break;
+      default: matmul_tile<Pack, 1, L>(a_block, row_stride, k_stride, b, ldb, c_block, ldc, K);
     }
     i += R;
   }
 }
-template <typename Words>
-void product(long M, long columns, const float* a, long row, long step, const float* b, long ldb, float* c, long ldc,
-             long steps) {
+
+// c (M, columns) = a (M, K packs) b (K packs, columns); columns is a multiple of 16.
+template <typename Pack>
+void matmul(long M, long columns, const float* a, long row_stride, long k_stride, const float* b, long ldb, float* c,
+            long ldc, long K) {
   long j = 0;
-  for (; j + 32 <= columns; j += 32) stripes<Words, 2>(M, a, row, step, b + j, ldb, c + j, ldc, steps);
-  if (j < columns) stripes<Words, 1>(M, a, row, step, b + j, ldb, c + j, ldc, steps);
+  for (; j + 32 <= columns; j += 32)
+    matmul_columns<Pack, 2>(M, a, row_stride, k_stride, b + j, ldb, c + j, ldc, K);
+  if (j < columns) matmul_columns<Pack, 1>(M, a, row_stride, k_stride, b + j, ldb, c + j, ldc, K);
 }
 
-// Words of tokens (NP, width) to (width, NP).
+// Transposes packs of tokens (NP, width) to (width, NP).
 void transpose(const float* from, long width, float* to, long NP) {
   for (long t = 0; t < NP; t += 16)
     for (long w = 0; w < width; w += 16) {
@@ -94,40 +102,42 @@ void transpose(const float* from, long width, float* to, long NP) {
     }
 }
 
-// What a thread needs for a window: where its tokens lie, whom each may see, and room for one head's matrices.
-struct Room {
+// Buffers of one thread: token positions and mask of its current window, and the matrices of one head.
+struct Workspace {
   const Shape& s;
-  float *q, *k, *v, *g, *across_lanes, *packed, *factors, *out, *p, *ds, *mask, *by_query, *by_key, *memory;
-  long* place;   // (N,) of a token in the maps of the batch; -1 where there is only padding
-  int* region;   // (N,)
+  float *q, *k, *v, *grad_out, *transposed, *packed_tokens, *packed_matrix, *out, *probs, *grad_scores, *mask;
+  float *query_scale, *key_scale, *memory;
+  long* position;  // (N,) of a token in the maps of the batch; -1 for padding
+  int* region;     // (N,)
   bool masked;
 
-  explicit Room(const Shape& shape) : s(shape) {
+  explicit Workspace(const Shape& shape) : s(shape) {
     long N = s.N(), NP = s.NP(), tokens = NP * s.d, matrix = NP * NP;
     long size = 7 * tokens + 4 * matrix + 2 * NP;
     memory = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
     std::memset(memory, 0, size * sizeof(float));  // tokens beyond N stay zero
     float* next = memory;
-    auto take = [&](long n) { float* mine = next; next += n; return mine; };
-    q = take(tokens), k = take(tokens), v = take(tokens), g = take(tokens);
-    across_lanes = take(tokens), packed = take(tokens), out = take(tokens);
-    p = take(matrix), ds = take(matrix), mask = take(matrix), factors = take(matrix);
-    by_query = take(NP), by_key = take(NP);
-    place = static_cast<long*>(std::malloc(N * sizeof(long)));
+    auto take = [&](long n) { float* buffer = next; next += n; return buffer; };
+    q = take(tokens), k = take(tokens), v = take(tokens), grad_out = take(tokens);
+    transposed = take(tokens), packed_tokens = take(tokens), out = take(tokens);
+    probs = take(matrix), grad_scores = take(matrix), mask = take(matrix), packed_matrix = take(matrix);
+    query_scale = take(NP), key_scale = take(NP);
+    position = static_cast<long*>(std::malloc(N * sizeof(long)));
     region = static_cast<int*>(std::malloc(N * sizeof(int)));
   }
-  ~Room() { std::free(memory), std::free(place), std::free(region); }
+  ~Workspace() { std::free(memory), std::free(position), std::free(region); }
 
-  // Regions as models/ops/window.py numbers them: 1 for what the shift brought from the other side, 2 for padding.
-  void enter(long window) {
+  // Computes positions and mask of a window. Regions are those of region_ids in models/ops/window.py: per axis, 1 for
+  // tokens that the shift wrapped around, 2 for padding.
+  void set_window(long window) {
     long in_image = window % (s.rows() * s.columns()), image = window / (s.rows() * s.columns());
     long top = in_image / s.columns() * s.window, left = in_image % s.columns() * s.window;
     masked = false;
     for (long t = 0; t < s.N(); t++) {
-      long y = (top + t / s.window + s.down) % (s.rows() * s.window);
-      long x = (left + t % s.window + s.right) % (s.columns() * s.window);
-      region[t] = 3 * (y >= s.H ? 2 : y < s.down) + (x >= s.W ? 2 : x < s.right);
-      place[t] = y < s.H && x < s.W ? (image * s.H + y) * s.W + x : -1;
+      long y = (top + t / s.window + s.shift_h) % (s.rows() * s.window);
+      long x = (left + t % s.window + s.shift_w) % (s.columns() * s.window);
+      region[t] = 3 * (y >= s.H ? 2 : y < s.shift_h) + (x >= s.W ? 2 : x < s.shift_w);
+      position[t] = y < s.H && x < s.W ? (image * s.H + y) * s.W + x : -1;
       masked |= region[t] != region[0];
     }
     if (!masked) return;
@@ -136,145 +146,160 @@ struct Room {
   }
 };
 
-template <typename Words, typename T>
-void fetch(const Room& m, const T* from, long stride, float* to) {
-  long width = Words::width(m.s.d);
-  for (long t = 0; t < m.s.N(); t++) {
-    if (m.place[t] >= 0) Words::fetch(from + m.place[t] * stride, m.s.d, to + t * width);
+// Loads one head's tokens of the window as packs: (N, packs(d)); zeros for padding.
+template <typename Pack, typename T>
+void load_tokens(const Workspace& ws, const T* from, long stride, float* to) {
+  long width = Pack::packs(ws.s.d);
+  for (long t = 0; t < ws.s.N(); t++) {
+    if (ws.position[t] >= 0) Pack::load_token(from + ws.position[t] * stride, ws.s.d, to + t * width);
     else std::memset(to + t * width, 0, width * sizeof(float));
   }
 }
-template <typename Words, typename T>
-void emit(const Room& m, T* to, long stride) {
-  for (long t = 0; t < m.s.N(); t++)
-    if (m.place[t] >= 0) Words::emit(m.out + t * m.s.d, m.s.d, to + m.place[t] * stride);
+
+// Stores ws.out (N, d) at the positions of its tokens.
+template <typename Pack, typename T>
+void store_tokens(const Workspace& ws, T* to, long stride) {
+  for (long t = 0; t < ws.s.N(); t++)
+    if (ws.position[t] >= 0) Pack::store_token(ws.out + t * ws.s.d, ws.s.d, to + ws.position[t] * stride);
 }
 
-// by[t] = factor over the length of token t.
-template <typename Words>
-void inverse_lengths(const Room& m, const float* words, float factor, float* by) {
-  long d = m.s.d;
-  for (long t = 0; t < m.s.N(); t++) {
-    float* values = m.out;
+// inverse[t] = factor / length of token t.
+template <typename Pack>
+void inverse_lengths(const Workspace& ws, const float* packs, float factor, float* inverse) {
+  long d = ws.s.d, width = Pack::packs(d);
+  for (long t = 0; t < ws.s.N(); t++) {
+    float* values = ws.out;
     std::fill(values, values + d, 0.f);
-    Words::subtract(values, words + t * Words::width(d), -1.f, d);
-    by[t] = factor / std::max(std::sqrt(Words::dot(words + t * Words::width(d), values, d)), 1e-12f);
+    Pack::subtract_scaled(values, packs + t * width, -1.f, d);
+    inverse[t] = factor / std::max(std::sqrt(Pack::dot(packs + t * width, values, d)), 1e-12f);
   }
 }
 
-// m.p (N, NP), keys down and queries across: SoftMax(q kᵀ · by_query · by_key + bias + mask).
-template <typename Words, typename T>
-void probabilities(Room& m, const T* qkv, long head, const float* bias, float scale, bool cosine) {
-  long N = m.s.N(), NP = m.s.NP(), d = m.s.d, C = m.s.C(), width = Words::width(d);
-  fetch<Words>(m, qkv + head * d, 3 * C, m.q);
-  fetch<Words>(m, qkv + C + head * d, 3 * C, m.k);
-  fetch<Words>(m, qkv + 2 * C + head * d, 3 * C, m.v);
-  std::fill(m.by_query, m.by_query + NP, scale);
-  std::fill(m.by_key, m.by_key + N, 1.f);
-  if (cosine) inverse_lengths<Words>(m, m.q, scale, m.by_query), inverse_lengths<Words>(m, m.k, 1.f, m.by_key);
-  transpose(m.q, width, m.across_lanes, NP);
-  product<Words>(N, NP, m.k, width, 1, m.across_lanes, NP, m.p, NP, width);
+// ws.probs (N keys, NP queries) = SoftMax(q kᵀ · query_scale · key_scale + bias + mask).
+template <typename Pack, typename T>
+void probabilities(Workspace& ws, const T* qkv, long head, const float* bias, float scale, bool cosine) {
+  long N = ws.s.N(), NP = ws.s.NP(), d = ws.s.d, C = ws.s.C(), width = Pack::packs(d);
+  load_tokens<Pack>(ws, qkv + head * d, 3 * C, ws.q);
+  load_tokens<Pack>(ws, qkv + C + head * d, 3 * C, ws.k);
+  load_tokens<Pack>(ws, qkv + 2 * C + head * d, 3 * C, ws.v);
+  std::fill(ws.query_scale, ws.query_scale + NP, scale);
+  std::fill(ws.key_scale, ws.key_scale + N, 1.f);
+  if (cosine) {
+    inverse_lengths<Pack>(ws, ws.q, scale, ws.query_scale);
+    inverse_lengths<Pack>(ws, ws.k, 1.f, ws.key_scale);
+  }
+  transpose(ws.q, width, ws.transposed, NP);
+  matmul<Pack>(N, NP, ws.k, width, 1, ws.transposed, NP, ws.probs, NP, width);
   for (long i = 0; i < NP; i += 16) {
-    vec by_query = load(m.by_query + i), most = vec{} - 3e38f, sum{};
+    vec query_scale = load(ws.query_scale + i), max_score = vec{} - 3e38f, sum{};
     for (long j = 0; j < N; j++) {
-      vec x = load(m.p + j * NP + i) * (by_query * m.by_key[j]) + load(bias + j * NP + i);
-      if (m.masked) x += load(m.mask + j * NP + i);
-      store(m.p + j * NP + i, x);
-      most = larger(most, x);
+      vec x = load(ws.probs + j * NP + i) * (query_scale * ws.key_scale[j]) + load(bias + j * NP + i);
+      if (ws.masked) x += load(ws.mask + j * NP + i);
+      store(ws.probs + j * NP + i, x);
+      max_score = max(max_score, x);
     }
     for (long j = 0; j < N; j++) {
-      vec x = exp_of_negative(load(m.p + j * NP + i) - most);
-      store(m.p + j * NP + i, x);
+      vec x = exp_nonpositive(load(ws.probs + j * NP + i) - max_score);
+      store(ws.probs + j * NP + i, x);
       sum += x;
     }
-    vec share = 1.f / sum;
-    for (long j = 0; j < N; j++) store(m.p + j * NP + i, load(m.p + j * NP + i) * share);
+    vec inverse_sum = 1.f / sum;
+    for (long j = 0; j < N; j++) store(ws.probs + j * NP + i, load(ws.probs + j * NP + i) * inverse_sum);
   }
 }
 
-template <typename Words, typename T>
+template <typename Pack, typename T>
 void forward(const Shape& s, const T* qkv, const float* bias, const float* scales, bool cosine, T* out, int threads) {
   long N = s.N(), NP = s.NP(), d = s.d;
 #pragma omp parallel num_threads(threads)
   {
-    Room m(s);
+    Workspace ws(s);
 #pragma omp for schedule(static)
-    for (long w = 0; w < s.windows(); w++) {
-      m.enter(w);
-      for (long h = 0; h < s.heads; h++) {
-        probabilities<Words>(m, qkv, h, bias + h * N * NP, scales[h], cosine);
-        const float* v = Words::down(m.v, N, d, m.packed);
-        product<Words>(N, d, Words::across(m.p, N, NP, m.factors), 1, NP, v, d, m.out, d, Words::steps(N));
-        emit<Words>(m, out + h * d, s.C());
+    for (long w = 0; w < s.num_windows(); w++) {
+      ws.set_window(w);
+      for (long h = 0; h < s.num_heads; h++) {
+        probabilities<Pack>(ws, qkv, h, bias + h * N * NP, scales[h], cosine);
+        const float* v = Pack::pack_tokens(ws.v, N, d, ws.packed_tokens);
+        const float* probs = Pack::pack_rows(ws.probs, N, NP, ws.packed_matrix);
+        matmul<Pack>(N, d, probs, 1, NP, v, d, ws.out, d, Pack::packs(N));
+        store_tokens<Pack>(ws, out + h * d, s.C());
       }
     }
   }
 }
 
-// m.ds = m.p ∘ (dp − Σ p ∘ dp), dp standing in m.ds; added to `sum`; then times by_query · by_key.
-void scores_gradient(Room& m, float* sum) {
-  long N = m.s.N(), NP = m.s.NP();
+// Backward pass of the softmax: ws.grad_scores holds grad_probs and becomes probs ∘ (grad_probs − Σ probs ∘ grad_probs).
+// That is added to grad_bias; then ws.grad_scores is multiplied by query_scale · key_scale.
+void softmax_backward(Workspace& ws, float* grad_bias) {
+  long N = ws.s.N(), NP = ws.s.NP();
   for (long i = 0; i < NP; i += 16) {
-    vec mean{}, by_query = load(m.by_query + i);
-    for (long j = 0; j < N; j++) mean += load(m.p + j * NP + i) * load(m.ds + j * NP + i);
+    vec mean{}, query_scale = load(ws.query_scale + i);
+    for (long j = 0; j < N; j++) mean += load(ws.probs + j * NP + i) * load(ws.grad_scores + j * NP + i);
     for (long j = 0; j < N; j++) {
-      vec x = load(m.p + j * NP + i) * (load(m.ds + j * NP + i) - mean);
-      store(sum + j * NP + i, load(sum + j * NP + i) + x);
-      store(m.ds + j * NP + i, x * (by_query * m.by_key[j]));
+      vec x = load(ws.probs + j * NP + i) * (load(ws.grad_scores + j * NP + i) - mean);
+      store(grad_bias + j * NP + i, load(grad_bias + j * NP + i) + x);
+      store(ws.grad_scores + j * NP + i, x * (query_scale * ws.key_scale[j]));
     }
   }
 }
 
-// What remains of the gradient in m.out when tokens count by their direction alone: less the part along the token.
+// Backward pass of the normalization: removes from the gradients in ws.out their component along the token.
 // Returns Σ token · gradient.
-template <typename Words>
-float across_direction(Room& m, const float* words, const float* by, float factor) {
+template <typename Pack>
+float normalize_backward(Workspace& ws, const float* packs, const float* scaled_inverse_length, float factor) {
   float sum = 0;
-  for (long t = 0; t < m.s.N(); t++) {
-    const float* token = words + t * Words::width(m.s.d);
-    float along = Words::dot(token, m.out + t * m.s.d, m.s.d), inverse_length = by[t] / factor;
-    Words::subtract(m.out + t * m.s.d, token, along * inverse_length * inverse_length, m.s.d);
+  for (long t = 0; t < ws.s.N(); t++) {
+    const float* token = packs + t * Pack::packs(ws.s.d);
+    float along = Pack::dot(token, ws.out + t * ws.s.d, ws.s.d), inverse_length = scaled_inverse_length[t] / factor;
+    Pack::subtract_scaled(ws.out + t * ws.s.d, token, along * inverse_length * inverse_length, ws.s.d);
     sum += along;
   }
   return sum;
 }
 
-template <typename Words, typename T>
-void backward_head(Room& m, const T* qkv, const float* bias, float scale, bool cosine, const T* grad, T* grad_qkv,
-                   float* grad_bias, float* grad_scale, long h) {
-  long N = m.s.N(), NP = m.s.NP(), d = m.s.d, C = m.s.C(), width = Words::width(d), steps = Words::steps(N);
-  probabilities<Words>(m, qkv, h, bias, scale, cosine);
-  fetch<Words>(m, grad + h * d, C, m.g);
-  product<Words>(N, d, Words::rows(m.p, N, NP, m.factors), Words::row_width(NP), 1, Words::down(m.g, N, d, m.packed),
-                 d, m.out, d, steps);
-  emit<Words>(m, grad_qkv + 2 * C + h * d, 3 * C);
-  transpose(m.g, width, m.across_lanes, NP);
-  product<Words>(N, NP, m.v, width, 1, m.across_lanes, NP, m.ds, NP, width);
-  scores_gradient(m, grad_bias);
-  product<Words>(N, d, Words::across(m.ds, N, NP, m.factors), 1, NP, Words::down(m.k, N, d, m.packed), d, m.out, d,
-                 steps);
-  if (cosine) *grad_scale += across_direction<Words>(m, m.q, m.by_query, scale) / scale;
-  emit<Words>(m, grad_qkv + h * d, 3 * C);
-  product<Words>(N, d, Words::rows(m.ds, N, NP, m.factors), Words::row_width(NP), 1, Words::down(m.q, N, d, m.packed),
-                 d, m.out, d, steps);
-  if (cosine) across_direction<Words>(m, m.k, m.by_key, 1.f);
-  emit<Words>(m, grad_qkv + C + h * d, 3 * C);
+template <typename Pack, typename T>
+void backward_head(Workspace& ws, const T* qkv, const float* bias, float scale, bool cosine, const T* grad_out,
+                   T* grad_qkv, float* grad_bias, float* grad_scale, long h) {
+  long N = ws.s.N(), NP = ws.s.NP(), d = ws.s.d, C = ws.s.C(), width = Pack::packs(d), K = Pack::packs(N);
+  probabilities<Pack>(ws, qkv, h, bias, scale, cosine);
+
+  load_tokens<Pack>(ws, grad_out + h * d, C, ws.grad_out);  // grad_v = probsᵀ grad_out
+  const float* tokens = Pack::pack_tokens(ws.grad_out, N, d, ws.packed_tokens);
+  const float* matrix = Pack::pack_columns(ws.probs, N, NP, ws.packed_matrix);
+  matmul<Pack>(N, d, matrix, Pack::packs(NP), 1, tokens, d, ws.out, d, K);
+  store_tokens<Pack>(ws, grad_qkv + 2 * C + h * d, 3 * C);
+
+  transpose(ws.grad_out, width, ws.transposed, NP);  // grad_probs = grad_out vᵀ
+  matmul<Pack>(N, NP, ws.v, width, 1, ws.transposed, NP, ws.grad_scores, NP, width);
+  softmax_backward(ws, grad_bias);
+
+  matrix = Pack::pack_rows(ws.grad_scores, N, NP, ws.packed_matrix);  // grad_q = grad_scores k
+  tokens = Pack::pack_tokens(ws.k, N, d, ws.packed_tokens);
+  matmul<Pack>(N, d, matrix, 1, NP, tokens, d, ws.out, d, K);
+  if (cosine) *grad_scale += normalize_backward<Pack>(ws, ws.q, ws.query_scale, scale) / scale;
+  store_tokens<Pack>(ws, grad_qkv + h * d, 3 * C);
+
+  matrix = Pack::pack_columns(ws.grad_scores, N, NP, ws.packed_matrix);  // grad_k = grad_scoresᵀ q
+  tokens = Pack::pack_tokens(ws.q, N, d, ws.packed_tokens);
+  matmul<Pack>(N, d, matrix, Pack::packs(NP), 1, tokens, d, ws.out, d, K);
+  if (cosine) normalize_backward<Pack>(ws, ws.k, ws.key_scale, 1.f);
+  store_tokens<Pack>(ws, grad_qkv + C + h * d, 3 * C);
 }
 
-template <typename Words, typename T>
-void backward(const Shape& s, const T* qkv, const float* bias, const float* scales, bool cosine, const T* grad,
-              T* grad_qkv, float* grad_bias, float* grad_scales, long shares, int threads) {
-  long matrix = s.N() * s.NP();
+template <typename Pack, typename T>
+void backward(const Shape& s, const T* qkv, const float* bias, const float* scales, bool cosine, const T* grad_out,
+              T* grad_qkv, float* grad_bias, float* grad_scales, long splits, int threads) {
+  long matrix = s.N() * s.NP(), windows = s.num_windows();
 #pragma omp parallel num_threads(threads)
   {
-    Room m(s);
+    Workspace ws(s);
 #pragma omp for schedule(dynamic, 1)
-    for (long share = 0; share < shares; share++)  // each has its own sums: the order of additions never changes
-      for (long w = s.windows() * share / shares; w < s.windows() * (share + 1) / shares; w++) {
-        m.enter(w);
-        for (long h = 0; h < s.heads; h++)
-          backward_head<Words>(m, qkv, bias + h * matrix, scales[h], cosine, grad, grad_qkv,
-                               grad_bias + (share * s.heads + h) * matrix, grad_scales + share * s.heads + h, h);
+    for (long split = 0; split < splits; split++)  // each has its own sums: the order of additions never changes
+      for (long w = windows * split / splits; w < windows * (split + 1) / splits; w++) {
+        ws.set_window(w);
+        for (long h = 0; h < s.num_heads; h++)
+          backward_head<Pack>(ws, qkv, bias + h * matrix, scales[h], cosine, grad_out, grad_qkv,
+                              grad_bias + (split * s.num_heads + h) * matrix, grad_scales + split * s.num_heads + h, h);
       }
   }
 }
@@ -283,27 +308,27 @@ void backward(const Shape& s, const T* qkv, const float* bias, const float* scal
 
 extern "C" {
 
-void window_attention_forward(const Shape* s, int half, const void* qkv, const float* bias, const float* scales,
+void window_attention_forward(const Shape* s, int is_bf16, const void* qkv, const float* bias, const float* scales,
                               int cosine, void* out, int threads) {
-  if (!half) return forward<Floats>(*s, (const float*)qkv, bias, scales, cosine, (float*)out, threads);
+  if (!is_bf16) return forward<PackF32>(*s, (const float*)qkv, bias, scales, cosine, (float*)out, threads);
 #ifdef __AVX512BF16__
-  if (s->d % 32 == 0) return forward<Pairs>(*s, (const bf16*)qkv, bias, scales, cosine, (bf16*)out, threads);
+  if (s->d % 32 == 0) return forward<PackBf16>(*s, (const bf16*)qkv, bias, scales, cosine, (bf16*)out, threads);
 #endif
-  forward<Floats>(*s, (const bf16*)qkv, bias, scales, cosine, (bf16*)out, threads);
+  forward<PackF32>(*s, (const bf16*)qkv, bias, scales, cosine, (bf16*)out, threads);
 }
 
-void window_attention_backward(const Shape* s, int half, const void* qkv, const float* bias, const float* scales,
-                               int cosine, const void* grad, void* grad_qkv, float* grad_bias, float* grad_scales,
-                               long shares, int threads) {
-  if (!half)
-    return backward<Floats>(*s, (const float*)qkv, bias, scales, cosine, (const float*)grad, (float*)grad_qkv,
-                            grad_bias, grad_scales, shares, threads);
+void window_attention_backward(const Shape* s, int is_bf16, const void* qkv, const float* bias, const float* scales,
+                               int cosine, const void* grad_out, void* grad_qkv, float* grad_bias, float* grad_scales,
+                               long splits, int threads) {
+  if (!is_bf16)
+    return backward<PackF32>(*s, (const float*)qkv, bias, scales, cosine, (const float*)grad_out, (float*)grad_qkv,
+                             grad_bias, grad_scales, splits, threads);
 #ifdef __AVX512BF16__
   if (s->d % 32 == 0)
-    return backward<Pairs>(*s, (const bf16*)qkv, bias, scales, cosine, (const bf16*)grad, (bf16*)grad_qkv, grad_bias,
-                           grad_scales, shares, threads);
+    return backward<PackBf16>(*s, (const bf16*)qkv, bias, scales, cosine, (const bf16*)grad_out, (bf16*)grad_qkv,
+                              grad_bias, grad_scales, splits, threads);
 #endif
-  backward<Floats>(*s, (const bf16*)qkv, bias, scales, cosine, (const bf16*)grad, (bf16*)grad_qkv, grad_bias,
-                   grad_scales, shares, threads);
+  backward<PackF32>(*s, (const bf16*)qkv, bias, scales, cosine, (const bf16*)grad_out, (bf16*)grad_qkv, grad_bias,
+                    grad_scales, splits, threads);
 }
 }

@@ -1,4 +1,4 @@
-"""The attention operation against its definition, every implementation alike; and the geometry of shifted windows."""
+"""Every implementation of window attention against the definition, and the geometry of shifted windows."""
 
 import functools
 import itertools
@@ -12,27 +12,30 @@ from models.ops import native_attention
 from models.ops.spec import AttentionSpec
 from models.ops.window import (
     ShiftedWindows,
-    attention_mask,
     cyclic_shift,
+    make_attn_mask,
     relative_position_index,
     window_partition,
     window_reverse,
 )
-from tests._attention import TOLERANCE, Use, assert_right, spelled_out
+from tests._attention import TOLERANCE, AttentionCase, assert_matches_definition, attention_by_token
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-NO_NATIVE = native_attention.unsupported_reason(AttentionSpec("cpu", torch.float32, 3, 16, False, True, False, True))
+SPEC = AttentionSpec(
+    "cpu", torch.float32, window=3, head_dim=16, cosine=False, gradients=True, dropout=False, cyclic=True
+)
+NO_NATIVE = native_attention.unsupported_reason(SPEC)
 NATIVE = pytest.param("native", "cpu", marks=pytest.mark.skipif(bool(NO_NATIVE), reason=NO_NATIVE))
-PLACES = [  # implementation, device; `test_triton.py` has the Triton kernels
+IMPLEMENTATIONS = [  # implementation, device; the Triton kernels are in `test_triton_attention.py`
     *(("reference", "cpu"), ("sdpa", "cpu"), NATIVE),
     *(pytest.param(impl, "cuda", marks=GPU) for impl in ("reference", "sdpa")),
 ]
-USES = [
-    Use(3, (6, 9), False),
-    Use(3, (6, 9), True),
-    Use(4, (7, 10), True, heads=3),  # padded
-    Use(4, (3, 9), True),  # a single window along one axis, padded
-    Use(3, (7, 6), True, cosine=True),
+CASES = [
+    AttentionCase(3, (6, 9), False),
+    AttentionCase(3, (6, 9), True),
+    AttentionCase(4, (7, 10), True, num_heads=3),  # padded
+    AttentionCase(4, (3, 9), True),  # a single window along one axis, padded
+    AttentionCase(3, (7, 6), True, cosine=True),
 ]
 
 
@@ -40,50 +43,51 @@ def attend(impl: str):
     return functools.partial(ops.window_attention, impl=impl)
 
 
-@pytest.mark.parametrize("use", USES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("impl", "device"), PLACES)
-def test_values_and_gradients(impl: str, dtype: torch.dtype, use: Use, device: str):
+@pytest.mark.parametrize(("impl", "device"), IMPLEMENTATIONS)
+def test_values_and_gradients(impl: str, dtype: torch.dtype, case: AttentionCase, device: str):
     if impl == "native" and dtype == torch.float64:
         pytest.skip("the native code has no float64")
-    assert_right(attend(impl), use, dtype, device)
+    assert_matches_definition(attend(impl), case, dtype, device)
 
 
-@pytest.mark.parametrize("use", USES, ids=str)
-@pytest.mark.parametrize(("impl", "device"), PLACES)
-def test_inference(impl: str, use: Use, device: str):
-    """Without gradients another kernel may be at work."""
-    given = use.inputs(torch.float32, device)
-    arguments = given["qkv"], given["bias"], use.windows(device), given.get("scale", 0.3)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("impl", "device"), IMPLEMENTATIONS)
+def test_inference(impl: str, case: AttentionCase, device: str):
+    """Without gradients, PyTorch may use another kernel."""
+    inputs = case.inputs(torch.float32, device)
+    arguments = inputs["qkv"], inputs["bias"], case.windows(device), inputs.get("scale", 0.3)
     with torch.no_grad():
-        found = attend(impl)(*arguments)
-    torch.testing.assert_close(found, spelled_out(*arguments), atol=TOLERANCE[torch.float32], rtol=0)
+        actual = attend(impl)(*arguments)
+    torch.testing.assert_close(actual, attention_by_token(*arguments), atol=TOLERANCE[torch.float32], rtol=0)
 
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])
-def test_dropout_is_of_the_weights(impl: str):
-    """With keys all alike and values of ones, an output is the share of weights kept, over the share expected."""
+def test_dropout_drops_attention_weights(impl: str):
+    """With equal keys and values of one, an output is the kept fraction of the weights over its expectation."""
     qkv = torch.zeros(8, 8, 8, 3, 2, 4)
     qkv[:, :, :, 2] = 1
     torch.manual_seed(0)
     out = ops.window_attention(qkv, torch.zeros(2, 16, 16), ShiftedWindows((8, 8), 4, False), 1.0, 0.25, impl)
-    kept = out[..., ::4] * 0.75 * 16  # a number of weights for each of 1,024 queries
+    kept = out[..., ::4] * 0.75 * 16  # the number of kept weights for each of 1,024 queries
     torch.testing.assert_close(kept, kept.round(), atol=1e-4, rtol=0)
     assert kept.unique().numel() > 3
     assert abs(kept.mean() / 16 - 0.75) < 0.015  # 4.4 standard deviations of 16,384 draws
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize(("impl", "device"), PLACES)
-def test_scores_are_added_and_normalised_in_float32(impl: str, device: str, gradients: bool):
-    """All products are 64, where bfloat16 counts in steps of 0.25 to 0.5: added in bfloat16, the bias would be lost."""
-    use = Use(3, (6, 6), False)
-    given = use.inputs(torch.bfloat16, device)
-    qkv, bias = given["qkv"], given["bias"] / 8
-    qkv[:, :, :, :2] = 4.0  # 16 of them
-    expected = spelled_out(qkv.double() * torch.tensor([0.0, 0, 1], device=device).view(3, 1, 1), bias.double(),
-                           use.windows(device), 1.0)  # fmt: skip # a constant added to all scores changes nothing
-    out = ops.window_attention(qkv.requires_grad_(gradients), bias, use.windows(device), 0.25, impl=impl)
+@pytest.mark.parametrize(("impl", "device"), IMPLEMENTATIONS)
+def test_softmax_and_bias_are_in_float32(impl: str, device: str, gradients: bool):
+    """All products are 64, where bfloat16 has steps of 0.25 to 0.5: added in bfloat16, the bias would be lost."""
+    case = AttentionCase(3, (6, 6), False)
+    inputs = case.inputs(torch.bfloat16, device)
+    qkv, bias = inputs["qkv"], inputs["bias"] / 8
+    qkv[:, :, :, :2] = 4.0  # head_dim is 16, and 16 · 4 · 4 · 0.25 = 64
+    without_products = qkv.double() * torch.tensor([0.0, 0, 1], device=device).view(3, 1, 1)
+    # A constant added to all scores changes nothing.
+    expected = attention_by_token(without_products, bias.double(), case.windows(device), 1.0)
+    out = ops.window_attention(qkv.requires_grad_(gradients), bias, case.windows(device), 0.25, impl=impl)
     torch.testing.assert_close(out.double(), expected, atol=1e-2, rtol=0)
 
 
@@ -91,7 +95,7 @@ HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 
 
 @pytest.mark.parametrize(
-    ("impl", "device", "dtype", "gradients", "able", "chosen"),
+    ("impl", "device", "dtype", "gradients", "supported", "expected"),
     [
         ("auto", "cpu", SINGLE, False, True, "native"),
         ("auto", "cpu", SINGLE, False, False, "sdpa"),
@@ -109,48 +113,50 @@ HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
         ("sdpa", "cpu", DOUBLE, True, True, "sdpa"),
     ],
 )
-def test_choice(monkeypatch, caplog, impl, device, dtype, gradients, able, chosen):
+def test_selected_implementation(monkeypatch, caplog, impl, device, dtype, gradients, supported, expected):
     for name in ops.UNSUPPORTED_REASON:
-        monkeypatch.setitem(ops.UNSUPPORTED_REASON, name, lambda case: "" if able else "it is a Tuesday")
+        monkeypatch.setitem(ops.UNSUPPORTED_REASON, name, lambda spec: "" if supported else "it is a Tuesday")
     ops._log_once.cache_clear()
     caplog.set_level(logging.INFO)
+    spec = SPEC._replace(device=device, dtype=dtype, gradients=gradients)
     for _ in range(3):
-        assert ops.choose(impl, device, dtype, 7, 32, False, gradients, False, True) == chosen
-    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    told = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+        assert ops.select_implementation(impl, spec) == expected
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    infos = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     if device == "meta":
         assert not caplog.records
     else:
         purpose = "training" if gradients else "inference"
-        assert len(told) == 1 and told[0].startswith(f"Window attention for {purpose} on {device}: {chosen} (asked")
-        assert ("it is a Tuesday" in told[0]) == (not able)
-    asked_in_vain = not able and impl != "auto"
-    assert len(warned) == asked_in_vain
-    if asked_in_vain:
-        assert warned[0] == (
-            f"MODEL.ATTN {impl} cannot: it is a Tuesday. Window attention is computed by {chosen} instead."
+        start = f"Window attention for {purpose} on {device}: {expected} (requested: {impl}"
+        assert len(infos) == 1 and infos[0].startswith(start)
+        assert ("it is a Tuesday" in infos[0]) == (not supported)
+    request_not_met = not supported and impl != "auto"
+    assert len(warnings) == request_not_met
+    if request_not_met:
+        assert warnings[0] == (
+            f"MODEL.ATTN {impl} is not supported: it is a Tuesday. Window attention is computed by {expected} instead."
         )
 
 
-def test_choice_follows_the_need_for_gradients(monkeypatch):
-    use = Use(3, (6, 6), True, width=8)
-    given = use.inputs(torch.float64)
+def test_selection_depends_on_gradients(monkeypatch):
+    case = AttentionCase(3, (6, 6), True, head_dim=8)
+    inputs = case.inputs(torch.float64)
     called = []
-    monkeypatch.setattr(ops, "implementation", lambda name: lambda *_: called.append(name))
-    ops.window_attention(given["qkv"], given["bias"], use.windows(), 1.0)
-    given["bias"].requires_grad_()
-    ops.window_attention(given["qkv"], given["bias"], use.windows(), 1.0)
+    monkeypatch.setattr(ops, "get_implementation", lambda name: lambda *_: called.append(name))
+    ops.window_attention(inputs["qkv"], inputs["bias"], case.windows(), 1.0)
+    inputs["bias"].requires_grad_()
+    ops.window_attention(inputs["qkv"], inputs["bias"], case.windows(), 1.0)
     with torch.no_grad():
-        ops.window_attention(given["qkv"], given["bias"], use.windows(), 1.0)
+        ops.window_attention(inputs["qkv"], inputs["bias"], case.windows(), 1.0)
     assert called == ["sdpa", "reference", "sdpa"]
 
 
 def test_unknown_implementation():
     with pytest.raises(ValueError, match="'flash'.*auto, reference, sdpa, triton, native"):
-        ops.choose("flash", "cpu", SINGLE, 7, 32, False, True, False, True)
+        ops.select_implementation("flash", SPEC)
 
 
-def test_partition_is_row_by_row_and_reversible():
+def test_window_partition_is_row_by_row_and_reversible():
     x = torch.arange(2 * 6 * 9 * 2).reshape(2, 6, 9, 2)
     windows = window_partition(x, 3)
     assert windows.shape == (2, 6, 9, 2)
@@ -170,17 +176,17 @@ def test_cyclic_shift_moves_up_and_left():
 @pytest.mark.parametrize("window", [1, 2, 3, 7])
 def test_relative_position_index(window: int):
     index = relative_position_index(window)
-    places = list(itertools.product(range(window), repeat=2))
-    for (n, (i, j)), (m, (y, x)) in itertools.product(enumerate(places), repeat=2):
+    positions = list(itertools.product(range(window), repeat=2))
+    for (n, (i, j)), (m, (y, x)) in itertools.product(enumerate(positions), repeat=2):
         assert index[n, m] == (i - y + window - 1) * (2 * window - 1) + (j - x + window - 1)
 
 
-def neighbours(length: int, window: int, shift: int) -> list[list[int]]:
-    """Groups of places on an axis that share a window: the axis is cut at shift, shift + window, … and never joined."""
-    groups: dict[int, list[int]] = {}
-    for place in range(length):
-        groups.setdefault((place - shift) // window, []).append(place)
-    return list(groups.values())
+def axis_cells(length: int, window: int, shift: int) -> list[list[int]]:
+    """Groups the positions of an axis by window, if the axis is cut at shift, shift + window, … and never wrapped."""
+    cells: dict[int, list[int]] = {}
+    for position in range(length):
+        cells.setdefault((position - shift) // window, []).append(position)
+    return list(cells.values())
 
 
 @pytest.mark.parametrize(
@@ -188,49 +194,49 @@ def neighbours(length: int, window: int, shift: int) -> list[list[int]]:
     [(8, 8, 4, (2, 2)), (6, 9, 3, (1, 1)), (10, 7, 4, (2, 2)), (7, 3, 4, (2, 0)), (3, 3, 4, (0, 0)), (5, 8, 5, (0, 2))],
 )
 def test_mask_against_pairs(height: int, width: int, window: int, shifts: tuple[int, int]):
-    """For every pair of tokens that meet in a window: -100 exactly where they were no neighbours before the shift."""
+    """For every pair of tokens of a window: masked exactly if they were in different cells before the shift."""
     padded = [-(-length // window) * window for length in (height, width)]
-    place = torch.full((1, *padded, 1), -1)
-    place[0, :height, :width, 0] = torch.arange(height * width).reshape(height, width)
-    meeting = window_partition(cyclic_shift(place, shifts), window)[0, :, :, 0]  # (nW, N): which token, -1 for padding
-    down, right = neighbours(height, window, shifts[0]), neighbours(width, window, shifts[1])
-    together = {
+    position = torch.full((1, *padded, 1), -1)
+    position[0, :height, :width, 0] = torch.arange(height * width).reshape(height, width)
+    tokens = window_partition(cyclic_shift(position, shifts), window)[0, :, :, 0]  # (nW, N): the token, -1 for padding
+    row_cells, column_cells = axis_cells(height, window, shifts[0]), axis_cells(width, window, shifts[1])
+    visible_pairs = {
         (i * width + j, y * width + x)
-        for rows, columns in itertools.product(down, right)
+        for rows, columns in itertools.product(row_cells, column_cells)
         for i, y in itertools.product(rows, repeat=2)
         for j, x in itertools.product(columns, repeat=2)
     }
-    mask = attention_mask(height, width, window, shifts)
-    assert mask.shape == (meeting.shape[0], window**2, window**2)
-    pairs_seen = 0
+    mask = make_attn_mask(height, width, window, shifts)
+    assert mask.shape == (tokens.shape[0], window**2, window**2)
+    num_visible = 0
     for w, n, m in itertools.product(*map(range, mask.shape)):
-        one, other = meeting[w, n].item(), meeting[w, m].item()
-        if one >= 0 and other >= 0:
-            assert mask[w, n, m] == (0 if (one, other) in together else -100)
-            pairs_seen += (one, other) in together
-        elif one >= 0 or other >= 0:
-            assert mask[w, n, m] == -100  # padding and image never meet
-    assert pairs_seen == len(together)
+        first, second = tokens[w, n].item(), tokens[w, m].item()
+        if first >= 0 and second >= 0:
+            assert mask[w, n, m] == (0 if (first, second) in visible_pairs else -100)
+            num_visible += (first, second) in visible_pairs
+        elif first >= 0 or second >= 0:
+            assert mask[w, n, m] == -100  # padding and image never see each other
+    assert num_visible == len(visible_pairs)
 
 
 def test_no_mask_where_none_is_needed():
-    assert attention_mask(8, 4, 4, (0, 0)) is None
+    assert make_attn_mask(8, 4, 4, (0, 0)) is None
 
 
-def test_every_row_of_the_mask_sees_something():
-    assert (attention_mask(5, 3, 4, (2, 0)) == 0).any(-1).all()
+def test_every_row_of_the_mask_has_a_visible_token():
+    assert (make_attn_mask(5, 3, 4, (2, 0)) == 0).any(-1).all()
 
 
 @pytest.mark.parametrize("map_size", [(8, 8), (9, 5), (3, 12), (1, 1)])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_split_and_join_undo_each_other(map_size: tuple[int, int], shifted: bool):
+def test_join_undoes_split(map_size: tuple[int, int], shifted: bool):
     windows = ShiftedWindows((8, 8), 4, shifted)
-    for further in ((3,), (3, 2, 5)):
-        x = torch.randn(2, *map_size, *further)
-        cut, mask = windows.split(x)
-        assert cut.shape[3:] == (4, 4, *further)
-        assert mask is None or mask.shape == (cut.shape[1] * cut.shape[2], 16, 16)
-        assert torch.equal(windows.join(cut, *map_size), x)
+    for channels in ((3,), (3, 2, 5)):
+        x = torch.randn(2, *map_size, *channels)
+        grid, mask = windows.split(x)
+        assert grid.shape[3:] == (4, 4, *channels)
+        assert mask is None or mask.shape == (grid.shape[1] * grid.shape[2], 16, 16)
+        assert torch.equal(windows.join(grid, *map_size), x)
 
 
 def test_window_shrinks_to_a_small_map():

@@ -1,4 +1,4 @@
-"""The native code of window attention on the CPU: what `test_ops.py` does not ask of every implementation."""
+"""The native window attention on the CPU: tests beyond those of every implementation in `test_dispatch.py`."""
 
 import functools
 import logging
@@ -10,69 +10,70 @@ from engine.setup import compile_in_place
 from models.ops import dispatch as ops
 from models.ops import native_attention
 from models.ops.spec import AttentionSpec
-from tests._attention import Use, assert_right, results
+from tests._attention import AttentionCase, assert_matches_definition, output_and_gradients
 from tests._swin import assert_same_gradients, logits_and_gradients, small, spread
 from tests._swin_v2 import small_v2, spread_v2
 from utils import compile_native as building
 
-CASE = AttentionSpec("cpu", torch.float32, 7, 32, cosine=False, gradients=True, dropout=False, cyclic=True)
+SPEC = AttentionSpec("cpu", torch.float32, 7, 32, cosine=False, gradients=True, dropout=False, cyclic=True)
 pytestmark = pytest.mark.skipif(
-    bool(native_attention.unsupported_reason(CASE)), reason=native_attention.unsupported_reason(CASE)
+    bool(native_attention.unsupported_reason(SPEC)), reason=native_attention.unsupported_reason(SPEC)
 )
 attend = functools.partial(ops.window_attention, impl="native")
 
-WIDE = [  # 32 and 64 wide, pairs of bfloat16 are multiplied where the processor can; 48 and 16 wide, floats
-    Use(7, (14, 7), False, width=32),
-    Use(7, (13, 9), True, width=32, heads=3),  # padded; an odd number of tokens, none of them a whole vector
-    Use(7, (7, 14), True, width=64, cosine=True, heads=1),
-    Use(8, (8, 16), True, width=32, cosine=True),
-    Use(12, (12, 13), True, width=48, heads=1, images=1),
+CASES = [  # head_dim 32 and 64 use pairs of bfloat16 on processors that have them; 48 and 16 use floats
+    AttentionCase(7, (14, 7), False, head_dim=32),
+    AttentionCase(7, (13, 9), True, head_dim=32, num_heads=3),  # padded; an odd number of tokens
+    AttentionCase(7, (7, 14), True, head_dim=64, cosine=True, num_heads=1),
+    AttentionCase(8, (8, 16), True, head_dim=32, cosine=True),
+    AttentionCase(12, (12, 13), True, head_dim=48, num_heads=1, batch_size=1),
 ]
 
 
-@pytest.mark.parametrize("use", WIDE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_values_and_gradients(dtype: torch.dtype, use: Use):
-    assert_right(attend, use, dtype)
+def test_values_and_gradients(dtype: torch.dtype, case: AttentionCase):
+    assert_matches_definition(attend, case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_from_run_to_run_and_for_any_number_of_threads(dtype: torch.dtype):
-    use, found, threads = Use(7, (28, 21), True, cosine=True, width=32), [], torch.get_num_threads()
+def test_bitwise_equal_for_any_number_of_threads(dtype: torch.dtype):
+    case, results = AttentionCase(7, (28, 21), True, cosine=True, head_dim=32), []
+    threads = torch.get_num_threads()
     try:
         for number in (1, 1, 2, 3):
             torch.set_num_threads(number)
-            found.append(results(attend, use, dtype))
+            results.append(output_and_gradients(attend, case, dtype))
     finally:
         torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(value, other[name]) for name, value in found[0].items())
+    for result in results[1:]:
+        assert all(torch.equal(value, result[name]) for name, value in results[0].items())
 
 
 @pytest.mark.parametrize("cosine", [False, True])
-def test_is_a_proper_operator(cosine: bool):
+def test_passes_opcheck(cosine: bool):
     qkv, bias = torch.randn(1, 6, 5, 3, 2, 16, requires_grad=True), torch.randn(2, 9, 9, requires_grad=True)
     scales = torch.rand(2, requires_grad=True) if cosine else None
     torch.library.opcheck(torch.ops.swin.native_attention.default, (qkv, bias, scales, 0.3, 3, 1, 1))
 
 
-def test_scores_of_any_size():
-    """The softmax is of differences: scores of thousands neither overflow nor vanish."""
-    use = Use(4, (4, 8), False, width=32)
-    given = use.inputs(torch.float32)
-    windows = use.windows()
-    found = attend(given["qkv"], given["bias"] * 2000, windows, 0.3)
-    right = attend(given["qkv"].double(), given["bias"].double() * 2000, windows, 0.3, impl="reference")
-    torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=0)
+def test_large_scores():
+    """The softmax subtracts the maximum: scores of thousands neither overflow nor vanish."""
+    case = AttentionCase(4, (4, 8), False, head_dim=32)
+    inputs = case.inputs(torch.float32)
+    windows = case.windows()
+    actual = attend(inputs["qkv"], inputs["bias"] * 2000, windows, 0.3)
+    expected = attend(inputs["qkv"].double(), inputs["bias"].double() * 2000, windows, 0.3, impl="reference")
+    torch.testing.assert_close(actual.double(), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_hidden(bad: float, dtype: torch.dtype):
-    """A query that is not finite spoils what it reads, and no other query's."""
-    given = Use(4, (4, 8), False, width=32, images=1).inputs(dtype)
-    given["qkv"][0, 1, 2, 0, 1] = bad
-    out = attend(given["qkv"], given["bias"], Use(4, (4, 8), False).windows(), 0.3)
+def test_nonfinite_values_propagate(bad: float, dtype: torch.dtype):
+    """A query that is not finite makes its own output NaN, and no other."""
+    inputs = AttentionCase(4, (4, 8), False, head_dim=32, batch_size=1).inputs(dtype)
+    inputs["qkv"][0, 1, 2, 0, 1] = bad
+    out = attend(inputs["qkv"], inputs["bias"], AttentionCase(4, (4, 8), False).windows(), 0.3)
     assert out[0, 1, 2, 32:].isnan().all()
     assert out.isnan().sum() == 32
 
@@ -83,18 +84,18 @@ def test_what_is_not_finite_is_not_hidden(bad: float, dtype: torch.dtype):
         ({"device": "cuda"}, "runs on the CPU, not on cuda"),
         ({"dtype": torch.float64}, "no torch.float64"),
         ({"window": 33}, "1089 tokens, more than 1024"),
-        ({"width": 24}, "24 wide, not a multiple of 16"),
+        ({"head_dim": 24}, "head dimension is 24, not a multiple of 16"),
         ({"dropout": True}, "MODEL.ATTN_DROP_RATE"),
         ({"cyclic": False}, "cyclic shift"),
     ],
 )
-def test_says_what_it_cannot(change: dict, reason: str):
-    assert reason in native_attention.unsupported_reason(CASE._replace(**change))
+def test_unsupported_reason(change: dict, reason: str):
+    assert reason in native_attention.unsupported_reason(SPEC._replace(**change))
 
 
 @pytest.fixture
-def nothing_built(monkeypatch, tmp_path):
-    """As if this process had no library yet, and an empty cache."""
+def empty_cache(monkeypatch, tmp_path):
+    """Empties the cache folder and forgets the library of this process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     caches = building._load, native_attention.unsupported_reason
     for cache in caches:
@@ -105,20 +106,18 @@ def nothing_built(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("compiler", "reason"), [("false", "false fails")])
-def test_without_a_compiler_something_else_computes_and_says_so(
-    compiler: str, reason: str, nothing_built, monkeypatch, caplog
-):
+def test_without_a_compiler_falls_back_with_a_warning(compiler: str, reason: str, empty_cache, monkeypatch, caplog):
     monkeypatch.setenv("CXX", compiler)
-    assert reason in native_attention.unsupported_reason(CASE)
-    assert not any(nothing_built.rglob("*.so"))
+    assert reason in native_attention.unsupported_reason(SPEC)
+    assert not any(empty_cache.rglob("*.so"))
     ops._log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert_right(attend, Use(3, (6, 9), True, width=16), torch.float32)
-    assert reason in caplog.text and "MODEL.ATTN native cannot" in caplog.text
+        assert_matches_definition(attend, AttentionCase(3, (6, 9), True, head_dim=16), torch.float32)
+    assert reason in caplog.text and "MODEL.ATTN native is not supported" in caplog.text
 
 
 def models(version: int):
-    """Two with the same weights: by the reference in float64, by the native code in float32. One block is shifted."""
+    """Returns two models with the same weights: the reference in float64, the native code in float32."""
     pair = []
     for attn in ("reference", "native"):
         arguments = {"window_size": 4, "embed_dim": 32, "depths": (2,), "num_heads": (1,), "attn": attn}
@@ -129,10 +128,10 @@ def models(version: int):
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("size", [(32, 32), (28, 36)], ids=["whole", "padded"])
 def test_whole_model(version: int, size: tuple[int, int]):
-    """Logits and every gradient, shifted blocks and maps that are padded included."""
-    right, model = models(version)
+    """Logits and every gradient, with shifted blocks and padded maps."""
+    reference_model, model = models(version)
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
-    expected, expected_gradients = logits_and_gradients(right, images.double())
+    expected, expected_gradients = logits_and_gradients(reference_model, images.double())
     logits, gradients = logits_and_gradients(model, images)
     torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=0)
     assert_same_gradients(gradients, expected_gradients, tolerance=2e-5)
@@ -142,23 +141,23 @@ def test_whole_model(version: int, size: tuple[int, int]):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_whole_model_in_bfloat16(version: int):
-    """Under autocast it is no further from float64 than the reference is, but for a fifth: both round, elsewhere."""
-    right, model = models(version)
+    """Under autocast, errors against float64 are at most 1.2 times those of the reference, which rounds elsewhere."""
+    reference_model, model = models(version)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    expected, expected_gradients = logits_and_gradients(right, images.double())
+    expected, expected_gradients = logits_and_gradients(reference_model, images.double())
     errors = []
     for attn in ("native", "reference"):
-        for block in model.layers[0].blocks:
+        for block in model.blocks():
             block.attn.impl = attn
         with torch.autocast("cpu", torch.bfloat16):
             logits, gradients = logits_and_gradients(model, images)
-        table = (
+        name = (
             "layers.0.blocks.1.attn.relative_position_bias_table"
             if version == 1
             else "layers.0.blocks.1.attn.qkv.weight"
         )
-        pairs = [(logits, expected), (gradients[table], expected_gradients[table])]
-        errors.append([((found - wanted).norm() / wanted.norm()).item() for found, wanted in pairs])
+        pairs = [(logits, expected), (gradients[name], expected_gradients[name])]
+        errors.append([((actual - right).norm() / right.norm()).item() for actual, right in pairs])
     for native_error, reference_error in zip(*errors, strict=True):
         assert native_error < 1.2 * reference_error
 
@@ -166,7 +165,7 @@ def test_whole_model_in_bfloat16(version: int):
 @pytest.mark.slow
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
 def test_compiled_with_fixed_weights(amp: bool):
-    """Inference of packed weights is that of the plain model; compiled again after a change, it knows the new ones."""
+    """Packed weights give the output of the plain model; after a change, compiling again packs the new ones."""
     _, model = models(1)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     tolerance = 5e-2 if amp else 1e-4
@@ -186,12 +185,12 @@ def test_compiled_with_fixed_weights(amp: bool):
         torch.testing.assert_close(packed, plain, atol=tolerance, rtol=0)
     with torch.no_grad():
         model.head.bias.add_(1.0)
-    assert torch.equal(infer(), packed)  # they were packed: what has become of them since counts for nothing
+    assert torch.equal(infer(), packed)  # packed before the change, so it has no effect
 
 
 @pytest.mark.slow
 def test_compiled_training():
-    """One graph with the operator in it: outputs and gradients are those of the plain model."""
+    """One graph that contains the operator: outputs and gradients equal those of the plain model."""
     _, model = models(1)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     expected, expected_gradients = logits_and_gradients(model, images)

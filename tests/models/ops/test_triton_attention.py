@@ -1,6 +1,7 @@
-"""The Triton kernels of window attention against its definition: on a GPU, or by Triton's interpreter where there is
-none. The interpreter has to be chosen before Triton is imported, so `test_by_the_interpreter` starts these tests again,
-in a process of their own; by hand that is `TRITON_INTERPRET=1 python -m pytest tests/models/ops/test_triton_attention.py`.
+"""The Triton kernels of window attention against the definition, on a GPU or in Triton's interpreter.
+
+The interpreter has to be enabled before Triton is imported: `test_by_the_interpreter` runs this file in a subprocess.
+By hand: `TRITON_INTERPRET=1 python -m pytest tests/models/ops/test_triton_attention.py`.
 """
 
 import functools
@@ -10,14 +11,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from models.ops import dispatch as ops
 from models.ops import triton_check
 from models.ops.spec import AttentionSpec
-from tests._attention import Use, assert_right, results
+from tests._attention import AttentionCase, assert_matches_definition, output_and_gradients
 from tests._swin import assert_same_gradients, logits_and_gradients, small, spread
 from tests._swin_v2 import small_v2, spread_v2
 
@@ -27,10 +30,10 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 attend = functools.partial(ops.window_attention, impl="triton")
 
 
-def kernels(*marks):
-    """For tests that run the kernels: all marked gpu, but started by the interpreter as well."""
+def kernels(*marks: pytest.MarkDecorator) -> Callable:
+    """Marks tests that run the kernels: they need a GPU or the interpreter."""
 
-    def mark(test):
+    def mark(test: Callable) -> Callable:
         for each in marks if INTERPRETED else (*marks, pytest.mark.gpu):
             test = each(test)
         return pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")(test)
@@ -39,62 +42,62 @@ def kernels(*marks):
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_by_the_interpreter(which: str):
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", which, __file__]
+@pytest.mark.parametrize("markers", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.skipif(INTERPRETED, reason="runs in the interpreter already")
+def test_by_the_interpreter(markers: str):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", markers, __file__]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed >= (14 if which == "not slow" else 12), done.stdout
+    assert passed >= (14 if markers == "not slow" else 12), done.stdout
 
 
-USES = [
-    Use(3, (6, 3), False, width=8),
-    Use(4, (7, 6), True, heads=1, images=3),  # padded, an odd number of images
-    Use(3, (7, 6), True, cosine=True, width=24),  # a width that is no power of 2
-    Use(4, (3, 9), True, cosine=True, heads=1),  # a single window along one axis
+CASES = [
+    AttentionCase(3, (6, 3), False, head_dim=8),
+    AttentionCase(4, (7, 6), True, num_heads=1, batch_size=3),  # padded, an odd number of images
+    AttentionCase(3, (7, 6), True, cosine=True, head_dim=24),  # head_dim is not a power of 2
+    AttentionCase(4, (3, 9), True, cosine=True, num_heads=1),  # a single window along one axis
 ]
-LARGE = [  # more than 64 tokens: in several tiles
-    Use(9, (9, 11), True, heads=1, images=1),
-    Use(12, (11, 12), True, cosine=True, heads=1, images=1),
+LARGE = [  # more than 64 tokens: several tiles
+    AttentionCase(9, (9, 11), True, num_heads=1, batch_size=1),
+    AttentionCase(12, (11, 12), True, cosine=True, num_heads=1, batch_size=1),
 ]
 
 
 @kernels()
-@pytest.mark.parametrize("use", USES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_values_and_gradients(use: Use, dtype: torch.dtype):
-    assert_right(attend, use, dtype, DEVICE)
+def test_values_and_gradients(case: AttentionCase, dtype: torch.dtype):
+    assert_matches_definition(attend, case, dtype, DEVICE)
 
 
 @kernels()
-@pytest.mark.parametrize("use", LARGE, ids=str)
-def test_large_windows(use: Use):
-    assert_right(attend, use, torch.float16 if use.cosine else torch.float32, DEVICE)
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_windows(case: AttentionCase):
+    assert_matches_definition(attend, case, torch.float16 if case.cosine else torch.float32, DEVICE)
 
 
 @kernels(pytest.mark.slow)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "use",
+    "case",
     [
-        Use(7, (14, 14), True, width=32),
-        Use(8, (16, 9), True, cosine=True, width=64, heads=1),
-        Use(12, (24, 13), True, width=32, heads=1, images=1),
-        Use(16, (16, 17), True, cosine=True, width=32, heads=1, images=1),
+        AttentionCase(7, (14, 14), True, head_dim=32),
+        AttentionCase(8, (16, 9), True, cosine=True, head_dim=64, num_heads=1),
+        AttentionCase(12, (24, 13), True, head_dim=32, num_heads=1, batch_size=1),
+        AttentionCase(16, (16, 17), True, cosine=True, head_dim=32, num_heads=1, batch_size=1),
     ],
     ids=str,
 )
-def test_windows_of_the_papers(use: Use, dtype: torch.dtype):
-    assert_right(attend, use, dtype, DEVICE)
+def test_windows_of_the_papers(case: AttentionCase, dtype: torch.dtype):
+    assert_matches_definition(attend, case, dtype, DEVICE)
 
 
 @kernels()
-@pytest.mark.parametrize("use", [USES[1], LARGE[0]], ids=str)
-def test_the_same_bits_every_time(use: Use):
-    """The gradient of the bias is a sum over windows: its order must not depend on which program is done first."""
-    first, second = (results(attend, use, torch.bfloat16, DEVICE) for _ in range(2))
+@pytest.mark.parametrize("case", [CASES[1], LARGE[0]], ids=str)
+def test_bitwise_equal_from_run_to_run(case: AttentionCase):
+    """The gradient of the bias is a sum over windows: its order must not depend on which program finishes first."""
+    first, second = (output_and_gradients(attend, case, torch.bfloat16, DEVICE) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -102,7 +105,7 @@ def test_the_same_bits_every_time(use: Use):
 @pytest.mark.parametrize(
     "scales", [pytest.param(None, marks=pytest.mark.slow), torch.tensor([3.0, 7.0])], ids=["products", "cosines"]
 )
-def test_is_an_operator_that_pytorch_can_trace(scales: torch.Tensor | None):
+def test_passes_opcheck(scales: torch.Tensor | None):
     from models.ops.triton_attention import attend as operator
 
     qkv = torch.randn(1, 5, 4, 3, 2, 8, device=DEVICE, requires_grad=True)
@@ -112,8 +115,8 @@ def test_is_an_operator_that_pytorch_can_trace(scales: torch.Tensor | None):
     torch.library.opcheck(operator, (qkv, bias, scales, 0.3, 3, 1, 1))
 
 
-def models(version: int, img_size: int = 16):
-    """Two with the same weights, by the reference in float64 and by the kernels; of their blocks one is shifted."""
+def models(version: int, img_size: int = 16) -> tuple[nn.Module, nn.Module]:
+    """Returns two models with the same weights: the reference in float64, and the kernels."""
     pair = []
     for attn in ("reference", "triton"):
         arguments = {"img_size": img_size, "window_size": 2, "depths": (2,), "num_heads": (2,), "attn": attn}
@@ -125,10 +128,10 @@ def models(version: int, img_size: int = 16):
 @kernels()
 @pytest.mark.parametrize("version", [1, 2])
 def test_whole_model(version: int):
-    """Logits and every gradient, shifted blocks and maps that are padded included."""
-    right, model = models(version)
+    """Logits and every gradient, with shifted blocks and padded maps."""
+    reference_model, model = models(version)
     images = torch.randn(1, 3, 15, 12, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    expected, expected_gradients = logits_and_gradients_on(right, images.double())
+    expected, expected_gradients = logits_and_gradients_on(reference_model, images.double())
     logits, gradients = logits_and_gradients_on(model, images)
     torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=0)
     assert_same_gradients(gradients, expected_gradients, tolerance=2e-5)
@@ -150,47 +153,49 @@ def test_compiles_without_a_break(version: int):
 
 
 def logits_and_gradients_on(model: torch.nn.Module, images: torch.Tensor):
-    """As `logits_and_gradients`, brought to the CPU."""
+    """Runs `logits_and_gradients` on DEVICE and returns its results on the CPU."""
     with torch.device(DEVICE) if DEVICE == "cuda" else torch.autograd.enable_grad():
         logits, gradients = logits_and_gradients(model, images)
     return logits.cpu(), {name: gradient.cpu() for name, gradient in gradients.items()}
 
 
 @kernels()
-@pytest.mark.skipif(INTERPRETED, reason="torch.autocast on the CPU is not what a GPU does")
-def test_chosen_on_a_gpu_under_autocast(caplog):
+@pytest.mark.skipif(INTERPRETED, reason="autocast on the CPU differs from autocast on a GPU")
+def test_selected_on_a_gpu_under_autocast(caplog):
     ops._log_once.cache_clear()
     caplog.set_level(logging.INFO)
     _, model = models(1)
-    for block in model.layers[0].blocks:
+    for block in model.blocks():
         block.attn.impl = "auto"
     with torch.autocast("cuda", torch.bfloat16):
         model(torch.randn(2, 3, 16, 16, device="cuda")).sum().backward()
-    assert "Window attention for training on cuda: triton (asked for: auto)" in caplog.text
+    assert "Window attention for training on cuda: triton (requested: auto)" in caplog.text
 
 
-CASE = AttentionSpec("cpu", torch.float32, 2, 8, False, True, False, True)
+SPEC = AttentionSpec("cpu", torch.float32, 2, 8, False, True, False, True)
 
 
 @kernels()
-def test_the_kernels_are_tried_before_they_are_relied_upon(monkeypatch):
+def test_self_test_finds_wrong_and_failing_kernels(monkeypatch):
     from models.ops import triton_attention
 
-    case = CASE._replace(device=DEVICE)
+    spec = SPEC._replace(device=DEVICE)
     state = torch.random.get_rng_state()
-    assert triton_check.fault(case._replace(cosine=True)) == ""
+    assert triton_check.self_test(spec._replace(cosine=True)) == ""
     assert torch.equal(torch.random.get_rng_state(), state)
-    right = triton_attention.window_attention
-    monkeypatch.setattr(triton_attention, "window_attention", lambda *given: right(*given) * 1.01)
-    assert re.fullmatch("its kernels are wrong on this machine: relative error 1.0e-02 .*", triton_check.fault(case))
-    monkeypatch.setattr(triton_attention, "window_attention", lambda *given: right(*given) * float("nan"))
-    assert "wrong" in triton_check.fault(case)
+    correct = triton_attention.window_attention
+    monkeypatch.setattr(triton_attention, "window_attention", lambda *args: correct(*args) * 1.01)
+    assert re.fullmatch(
+        "its kernels are wrong on this machine: relative error 1.0e-02 .*", triton_check.self_test(spec)
+    )
+    monkeypatch.setattr(triton_attention, "window_attention", lambda *args: correct(*args) * float("nan"))
+    assert "wrong" in triton_check.self_test(spec)
 
-    def broken(*given):
+    def broken(*args):
         raise RuntimeError("ptxas died")
 
     monkeypatch.setattr(triton_attention, "window_attention", broken)
-    assert triton_check.fault(case) == "its kernels fail on this machine (RuntimeError)"
+    assert triton_check.self_test(spec) == "its kernels fail on this machine (RuntimeError)"
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
@@ -199,30 +204,30 @@ def test_the_kernels_are_tried_before_they_are_relied_upon(monkeypatch):
     [
         ({"dtype": torch.float64}, "it has no torch.float64"),
         ({"window": 17}, "a window has 289 tokens, more than 256"),
-        ({"width": 80}, "a head is 80 wide, more than 64"),
+        ({"head_dim": 80}, "the head dimension is 80, more than 64"),
         ({"dropout": True}, "no dropout.*MODEL.ATTN_DROP_RATE"),
         ({"cyclic": False}, "not cut by a cyclic shift"),
     ],
 )
-def test_what_cannot_be_done_is_said(changes: dict, reason: str):
+def test_unsupported_reason(changes: dict, reason: str):
     from models.ops import triton_attention
 
     if not INTERPRETED:
-        assert "it runs on CUDA devices, not on cpu" in triton_check.unsupported_reason(CASE)
+        assert "it runs on CUDA devices, not on cpu" in triton_check.unsupported_reason(SPEC)
     else:
-        assert triton_check.unsupported_reason(CASE) == ""
-        assert re.search(reason, triton_attention.unsupported(CASE._replace(**changes)))
+        assert triton_check.unsupported_reason(SPEC) == ""
+        assert re.search(reason, triton_attention.unsupported_spec(SPEC._replace(**changes)))
 
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(triton_check.importlib.util, "find_spec", lambda name: None)
     triton_check.unsupported_reason.cache_clear()
-    assert triton_check.unsupported_reason(CASE) == "Triton is not installed (PyTorch brings it along on Linux)"
+    assert triton_check.unsupported_reason(SPEC) == "Triton is not installed (PyTorch brings it along on Linux)"
     triton_check.unsupported_reason.cache_clear()
 
 
 def test_bytes_are_counted_without_a_gpu():
-    """The kernels move what nobody can avoid; the shift costs them nothing, and SDPA a mask for every image."""
+    """The kernels read and write each tensor once, shifted or not; SDPA also reads a mask for every image."""
     from benchmarks.window_attention import STAGES, Use, counted
 
     floor = Use(STAGES[2], False, "reference", 3, "cpu").floor()

@@ -271,7 +271,7 @@ def test_what_has_no_counterpart_is_refused(name: str):
     tiny = {"img_size": 32, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "window_size": 4, "num_classes": 3}
     with pytest.raises(UserError, match="spatial_mlp.*Swin-MLP"):
         from_original(SwinMLP(**tiny).state_dict(), layout)
-    for ablation in ("none", "alone"):
+    for ablation in ("none", "bias_only"):
         with pytest.raises(UserError, match="ablation"):
             from_original(SwinTransformer(**tiny, relative=ablation).state_dict(), layout)
     strange = {**small().state_dict(), "neck.weight": torch.zeros(2)}
