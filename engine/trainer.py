@@ -31,6 +31,7 @@ from tasks.build import open_data
 from tasks.task import Batch, Task
 from utils.checkpoint.async_saver import AsyncCheckpointer
 from utils.checkpoint.io import CheckpointFolder, not_finite
+from utils.checkpoint.schema import FORMAT
 from utils.distributed.preemption import PreemptionHandler
 from utils.distributed.process_group import DistInfo, broadcast_from_main
 from utils.errors import TrainingDiverged, UserError
@@ -282,7 +283,7 @@ class Trainer:
         """
         contents = {
             **self.components.state_dict(),
-            "format": 1,
+            "format": FORMAT,
             "state": self.state.state_dict(),
             "train_data": self.train_data.state_dict(),
             "class_names": self.data.class_names,

@@ -79,15 +79,15 @@ def test_the_newest_checkpoint_in_the_folder_is_resumed(run_dir, checkpoints):
 
 def test_a_named_checkpoint_wins_over_the_folder(run_dir, checkpoints, other):
     checkpoints.save(contents(8))
-    assert choose(run_dir, checkpoints, "MODEL.RESUME", other).contents["state"]["images_seen"] == 100
+    assert choose(run_dir, checkpoints, "MODEL.RESUME", str(other)).contents["state"]["images_seen"] == 100
 
 
 def test_a_run_that_began_from_a_named_checkpoint_resumes_itself(run_dir, checkpoints, other):
-    config = get_config(None, ["MODEL.RESUME", other])
+    config = get_config(None, ["MODEL.RESUME", str(other)])
     run_dir.write_config(dump(config))
-    assert choose(run_dir, checkpoints, "MODEL.RESUME", other).path == str(other)  # nothing saved yet
+    assert choose(run_dir, checkpoints, "MODEL.RESUME", str(other)).path == str(other)  # nothing saved yet
     checkpoints.save(contents(104))
-    assert choose(run_dir, checkpoints, "MODEL.RESUME", other).path == str(checkpoints.last)
+    assert choose(run_dir, checkpoints, "MODEL.RESUME", str(other)).path == str(checkpoints.last)
 
 
 def test_a_start_reads_its_checkpoint_once(run_dir, checkpoints, monkeypatch):
