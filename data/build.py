@@ -22,12 +22,13 @@ from data.datasets.packed import open_packed
 from data.datasets.validate import check_imagenet_order, check_num_classes, check_num_workers, check_same_classes
 from data.loader.loader import BadImageCount, BatchLoader, EvalSamples, TrainSamples, explain_worker_crash
 from data.loader.sampler import StreamSampler, eval_indices
-from data.transforms.eval_presets import ORIGINS, TORCHVISION, EvalPreset, InputConfig, eval_preset, timm_inputs
+from data.transforms.eval_presets import EvalPreset, InputConfig, eval_preset, timm_inputs
 from data.transforms.mixup import Mixer
 from data.transforms.native_transforms import GpuTrainTransform, prepare_eval, prepare_train
 from data.transforms.reference import train_transform
 from utils.distributed.process_group import DistInfo, local_rank_zero_first
 from utils.errors import UserError
+from utils.origins import ORIGINS, TORCHVISION_NAMES
 
 log = logging.getLogger(__name__)
 
@@ -180,11 +181,11 @@ class ValBatches:
         loader: what gives batches in the memory of this machine, before anything is on the device.
     """
 
-    def __init__(self, config: CfgNode, data: Data, dist_info: DistInfo, layout: str):
+    def __init__(self, config: CfgNode, data: Data, dist_info: DistInfo, weight_format: str):
         batch_size = config.DATA.BATCH_SIZE
         indices = eval_indices(len(data.val), dist_info.rank, dist_info.world_size)
         batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-        chosen = _eval_preset(config, layout)
+        chosen = _eval_preset(config, weight_format)
         log.info("validation images are prepared as by %s: %s", chosen.origin, chosen.description)
         self._num_workers = min(config.DATA.NUM_WORKERS, len(batches))
         self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "left out")
@@ -211,16 +212,17 @@ class ValBatches:
                 yield {"image": image, "target": target}
 
 
-def val_batches(config: CfgNode, data: Data, dist_info: DistInfo, layout: str = "original") -> ValBatches:
+def val_batches(config: CfgNode, data: Data, dist_info: DistInfo, weight_format: str = "original") -> ValBatches:
     """The validation images, prepared as TEST.PRESET says; where that is auto, as whoever made the weights does.
 
     Args:
-        layout: that of the weights to evaluate, as `models.pretrained.load.LoadReport` says; "original" for those trained here.
+        weight_format: of the weights to evaluate, as in `models.pretrained.load.LoadReport`; "original" for those
+            trained here.
 
     Raises:
         UserError: TEST.PRESET does not go with the model.
     """
-    return ValBatches(config, data, dist_info, layout)
+    return ValBatches(config, data, dist_info, weight_format)
 
 
 def model_inputs(config: CfgNode) -> InputConfig:
@@ -228,14 +230,14 @@ def model_inputs(config: CfgNode) -> InputConfig:
     return timm_inputs(config.MODEL.NAME, config.DATA.IMG_SIZE) if config.MODEL.TYPE == "timm" else InputConfig()
 
 
-def _eval_preset(config: CfgNode, layout: str) -> EvalPreset:
+def _eval_preset(config: CfgNode, weight_format: str) -> EvalPreset:
     kind, origin = config.MODEL.TYPE, config.TEST.PRESET
     if origin == "auto":
-        origin = "timm" if kind == "timm" else layout if layout in ORIGINS else "original"
+        origin = "timm" if kind == "timm" else weight_format if weight_format in ORIGINS else "original"
     torchvision_name = ""
     if kind in ("swin", "swinv2"):
         model = config.MODEL[kind.upper()]
-        torchvision_name = TORCHVISION.get((kind, model.EMBED_DIM, tuple(model.DEPTHS)), "")
+        torchvision_name = TORCHVISION_NAMES.get((kind, model.EMBED_DIM, tuple(model.DEPTHS)), "")
     size, crop, interpolation = config.DATA.IMG_SIZE, config.TEST.CROP, config.DATA.INTERPOLATION
     if origin != "original" and not crop:
         log.warning("TEST.CROP False has no effect: images are prepared as by %s (see TEST.PRESET)", origin)
