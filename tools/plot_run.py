@@ -1,8 +1,8 @@
-"""Plots loss and validation metric of a run over its epochs, from its `metrics.jsonl`.
+"""Plots loss and main validation metric of a run over its epochs.
 
     python -m tools.plot_run logs/demo/default curve.png
 
-Dashed lines mark where the run was resumed.
+Reads `metrics.jsonl` and `starts.jsonl` in the folder of the run. Dashed lines mark where it was resumed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from utils.cli import CliParser, run_cli
 from utils.errors import UserError
 from utils.tracking.metric_writer import read_records
 
-DEFAULT_METRIC = "acc1"  # of epoch records without "main_metric"
+DEFAULT_METRIC = "acc1"  # for runs whose launches do not record "main_metric"
 
 
 def plot(folder: Path, image: Path) -> None:
@@ -29,11 +29,12 @@ def plot(folder: Path, image: Path) -> None:
     source = folder / "metrics.jsonl"
     if not source.is_file():
         raise UserError(f"{source}: no such file. Give the folder of a run, such as logs/demo/default")
-    records = read_records(folder)
+    records, launches = read_records(folder), read_launches(folder)
+    metric = next((m for launch in launches[::-1] if isinstance(m := launch.get("main_metric"), str)), DEFAULT_METRIC)
     train = [record for record in records if record["kind"] == "train" and _has_numbers(record, "loss")]
-    epochs = [record for record in records if record["kind"] == "epoch"]
-    metric = next((m for record in epochs[::-1] if isinstance(m := record.get("main_metric"), str)), DEFAULT_METRIC)
-    epochs = [record for record in epochs if _has_numbers(record, "epoch", "val_loss", metric) and record["epoch"]]
+    epochs = [
+        r for r in records if r["kind"] == "epoch" and _has_numbers(r, "epoch", "val_loss", metric) and r["epoch"]
+    ]
     if not epochs:
         raise UserError(f"{source}: no epoch is complete yet; try again later")
     epoch_images = epochs[-1]["samples"] / epochs[-1]["epoch"]
@@ -48,7 +49,7 @@ def plot(folder: Path, image: Path) -> None:
     if (ema_metric := f"ema_{metric}") in epochs[-1]:
         right.plot(epoch_numbers, [record.get(ema_metric) for record in epochs], marker=".", label=ema_metric)
     right.set(xlabel="epoch", ylabel=metric)
-    for number, images_seen in enumerate(resume_points(folder)):
+    for number, images_seen in enumerate(resume_points(launches)):
         for axes in (left, right):
             label = None if number else "resumed"
             axes.axvline(images_seen / epoch_images, color="grey", ls="--", lw=0.8, label=label)
@@ -66,15 +67,21 @@ def _has_numbers(record: dict, *names: str) -> bool:
     return all(isinstance(record.get(name), int | float) for name in names)
 
 
-def resume_points(folder: Path) -> list[int]:
-    """Images seen at each start that resumed the run. A line that was cut short by a kill is skipped."""
+def read_launches(folder: Path) -> list[dict]:
+    """The launch records of the run in `folder`. A line that was cut short by a kill is skipped."""
     path = folder / "starts.jsonl"
-    points = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    launches = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            points.append(json.loads(line)["samples"])
-        except (ValueError, KeyError, TypeError):
+            launches.append(json.loads(line))
+        except json.JSONDecodeError:
             continue
+    return [launch for launch in launches if isinstance(launch, dict)]
+
+
+def resume_points(launches: list[dict]) -> list[int]:
+    """Images seen at each launch that resumed the run."""
+    points = [launch.get("images_seen") for launch in launches]
     return [images_seen for images_seen in points if isinstance(images_seen, int) and images_seen > 0]
 
 
