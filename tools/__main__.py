@@ -1,7 +1,10 @@
-"""Lists the programs in this folder."""
+"""Lists the programs in this folder, one per line."""
 
 import ast
+import sys
 from pathlib import Path
+
+from utils.cli import run_cli
 
 
 def summaries() -> dict[str, str]:
@@ -11,6 +14,12 @@ def summaries() -> dict[str, str]:
     return {name: docstring.partition("\n")[0] for name, docstring in docstrings.items()}
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Prints the list."""
     for name, summary in summaries().items():
-        print(f"python -m tools.{name:<24}{summary}")
+        print(f"python -m tools.{name:<25}{summary}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

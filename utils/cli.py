@@ -7,6 +7,7 @@ import argparse
 import errno
 import math
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -91,9 +92,9 @@ def run_cli(program: Callable[[], int]) -> int:
 
 def _discard_closed_stdout() -> bool:
     """Redirects stdout to nowhere if its reader, such as `head`, has exited. Returns whether it has."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails too
-        return True
-    return False
+    return closed

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tools.models import main, release_table
+from utils.errors import ExitCode
 from utils.paths import REPO_ROOT
 
 
@@ -42,4 +43,4 @@ def test_closed_pipe_ends_without_a_traceback():
         [sys.executable, "-m", "tools.models"], cwd=REPO_ROOT, stdout=write, stderr=subprocess.PIPE, text=True
     )
     os.close(write)
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (ExitCode.CLOSED_PIPE, "")
