@@ -37,12 +37,12 @@ def plot(folder: Path, image: Path) -> None:
     ]
     if not epochs:
         raise UserError(f"{source}: no epoch is complete yet; try again later")
-    epoch_images = epochs[-1]["samples"] / epochs[-1]["epoch"]
+    epoch_images = epochs[-1]["images_seen"] / epochs[-1]["epoch"]
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     epoch_numbers = [record["epoch"] for record in epochs]
-    left.plot([r["samples"] / epoch_images for r in train], [r["loss"] for r in train], lw=0.8, label="training")
+    left.plot([r["images_seen"] / epoch_images for r in train], [r["loss"] for r in train], lw=0.8, label="training")
     left.plot(epoch_numbers, [record["val_loss"] for record in epochs], marker=".", label="validation")
     left.set(xlabel="epoch", ylabel="loss")
     right.plot(epoch_numbers, [record[metric] for record in epochs], marker=".", label=metric)
