@@ -181,11 +181,11 @@ class ValBatches:
         loader: what gives batches in the memory of this machine, before anything is on the device.
     """
 
-    def __init__(self, config: CfgNode, data: Data, dist_info: DistInfo, weight_format: str):
+    def __init__(self, config: CfgNode, data: Data, dist_info: DistInfo, layout: str):
         batch_size = config.DATA.BATCH_SIZE
         indices = eval_indices(len(data.val), dist_info.rank, dist_info.world_size)
         batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-        chosen = _eval_preset(config, weight_format)
+        chosen = _eval_preset(config, layout)
         log.info("validation images are prepared as by %s: %s", chosen.origin, chosen.description)
         self._num_workers = min(config.DATA.NUM_WORKERS, len(batches))
         self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "left out")
@@ -212,17 +212,16 @@ class ValBatches:
                 yield {"image": image, "target": target}
 
 
-def val_batches(config: CfgNode, data: Data, dist_info: DistInfo, weight_format: str = "original") -> ValBatches:
+def val_batches(config: CfgNode, data: Data, dist_info: DistInfo, layout: str = "original") -> ValBatches:
     """The validation images, prepared as TEST.PRESET says; where that is auto, as whoever made the weights does.
 
     Args:
-        weight_format: of the weights to evaluate, as in `models.pretrained.load.LoadReport`; "original" for those
-            trained here.
+        layout: that of the weights to evaluate, as `models.pretrained.load.LoadReport` says; "original" for those trained here.
 
     Raises:
         UserError: TEST.PRESET does not go with the model.
     """
-    return ValBatches(config, data, dist_info, weight_format)
+    return ValBatches(config, data, dist_info, layout)
 
 
 def model_inputs(config: CfgNode) -> InputConfig:
@@ -230,10 +229,10 @@ def model_inputs(config: CfgNode) -> InputConfig:
     return timm_inputs(config.MODEL.NAME, config.DATA.IMG_SIZE) if config.MODEL.TYPE == "timm" else InputConfig()
 
 
-def _eval_preset(config: CfgNode, weight_format: str) -> EvalPreset:
+def _eval_preset(config: CfgNode, layout: str) -> EvalPreset:
     kind, origin = config.MODEL.TYPE, config.TEST.PRESET
     if origin == "auto":
-        origin = "timm" if kind == "timm" else weight_format if weight_format in ORIGINS else "original"
+        origin = "timm" if kind == "timm" else layout if layout in ORIGINS else "original"
     torchvision_name = ""
     if kind in ("swin", "swinv2"):
         model = config.MODEL[kind.upper()]
