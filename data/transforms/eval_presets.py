@@ -39,7 +39,7 @@ class EvalPreset:
     """One way to prepare images for evaluation.
 
     Attributes:
-        origin: the library that the preset is from, one of ORIGINS.
+        origin: the library that the preset is from, one of utils.origins.ORIGINS.
         description: the steps, for the log.
     """
 
