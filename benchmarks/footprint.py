@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from config import get_config
-from models.build import build_model
+from models.build import architecture_of, build_model
 from models.ops import dispatch as ops
-from models.other_libraries import LIBRARIES, Logits, section_of
+from models.other_libraries import LIBRARIES, Logits, build_with
 from utils.errors import UserError
 from utils.table import Column, Table, circumstances
 
@@ -141,7 +141,7 @@ def make(
             raise UserError(f"--models {name}: there is no configs/{name}.yaml; ls configs/ shows what there is")
         config = get_config(path)
         built = {variant: build_model(get_config(path, opts), CLASSES) for variant, opts in variants.items()}
-        built |= {library: LIBRARIES[library](config, section_of(config), CLASSES) for library in other_libraries}
+        built |= {library: build_with(library, architecture_of(config, CLASSES)) for library in other_libraries}
         counted = {
             key: forward(Logits(model), batch_size, config.DATA.IMG_SIZE) for key, model in built.items() if model
         }

@@ -38,9 +38,9 @@ from config import get_config
 from engine import train_step
 from engine.setup import build_components, compile_and_wrap
 from engine.throughput import inference_step, training_step
-from models.build import build_model
+from models.build import architecture_of, build_model
 from models.count import count_macs
-from models.other_libraries import LIBRARIES, Logits, section_of
+from models.other_libraries import LIBRARIES, Logits, build_with
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
 from utils.malloc import disable_malloc_trim
@@ -97,7 +97,8 @@ def candidates(
 ) -> Iterator[tuple[str, Build]]:
     """Names, and what builds the step of each."""
     config = case.config()
-    offered = [name for name in other_libraries if LIBRARIES[name](config, section_of(config), CLASSES) is not None]
+    architecture = architecture_of(config, CLASSES)
+    offered = [name for name in other_libraries if build_with(name, architecture) is not None]
     for way in ways:
         for name, opts in variants.items() if way != "tuned" else ():
             yield f"{name}, {way}", partial(step_here, case, device, way, opts)
@@ -128,7 +129,7 @@ def step_here(case: Case, device: torch.device, way: str, opts: Sequence[str]) -
 def step_of(library: str, case: Case, device: torch.device, way: str) -> Step:
     """The plainest loop around another library's model."""
     config = case.config()
-    model = Logits(LIBRARIES[library](config, section_of(config), CLASSES)).to(device)
+    model = Logits(build_with(library, architecture_of(config, CLASSES))).to(device)
     if way == "tuned":
         disable_malloc_trim()
     # Weights packed once, for inference on a CPU: compiled models here have it, elsewhere their users ask for it.

@@ -22,12 +22,13 @@ from data.datasets.packed import open_packed
 from data.datasets.validate import check_imagenet_order, check_num_classes, check_num_workers, check_same_classes
 from data.loader.loader import BadImageCount, BatchLoader, EvalSamples, TrainSamples, explain_worker_crash
 from data.loader.sampler import StreamSampler, eval_indices
-from data.transforms.eval_presets import ORIGINS, TORCHVISION, EvalPreset, InputConfig, eval_preset, timm_inputs
+from data.transforms.eval_presets import EvalPreset, InputConfig, eval_preset, timm_inputs
 from data.transforms.mixup import Mixer
 from data.transforms.native_transforms import GpuTrainTransform, prepare_eval, prepare_train
 from data.transforms.reference import train_transform
 from utils.distributed.process_group import DistInfo, local_rank_zero_first
 from utils.errors import UserError
+from utils.origins import ORIGINS, TORCHVISION_NAMES
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ def _eval_preset(config: CfgNode, layout: str) -> EvalPreset:
     torchvision_name = ""
     if kind in ("swin", "swinv2"):
         model = config.MODEL[kind.upper()]
-        torchvision_name = TORCHVISION.get((kind, model.EMBED_DIM, tuple(model.DEPTHS)), "")
+        torchvision_name = TORCHVISION_NAMES.get((kind, model.EMBED_DIM, tuple(model.DEPTHS)), "")
     size, crop, interpolation = config.DATA.IMG_SIZE, config.TEST.CROP, config.DATA.INTERPOLATION
     if origin != "original" and not crop:
         log.warning("TEST.CROP False has no effect: images are prepared as by %s (see TEST.PRESET)", origin)

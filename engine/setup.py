@@ -197,13 +197,13 @@ def load_pretrained(
     if evaluating:
         check_same_class_names(source, trained_on, class_names)
     report = load_weights(task.model, weights, class_names, source, trained_on=trained_on)
-    log.info("weights from %s (format: %s)\n%s", source, report.layout, report.table())
+    log.info("weights from %s (format: %s)\n%s", source, report.format, report.table())
     if evaluating and report.initialised:
         raise UserError(
             f"{source}: has no weights for {', '.join(report.initialised)}: there is nothing to evaluate. Train "
             "them first (--pretrained without --eval), or evaluate on the data these weights were made for"
         )
-    return contents, report.layout
+    return contents, report.format
 
 
 def check_same_class_names(source: str, saved: list[str] | None, current: list[str] | None) -> None:

@@ -3,6 +3,7 @@
 from torch import nn
 from yacs.config import CfgNode
 
+from models.other_libraries import Architecture
 from models.swin_mlp import SwinMLP
 from models.swin_transformer import SwinTransformer
 from models.swin_transformer_v2 import SwinTransformerV2
@@ -67,6 +68,21 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
 def _architecture(config: CfgNode) -> CfgNode:
     """Returns the section with the architecture, such as MODEL.SWIN."""
     return config.MODEL[SECTIONS[config.MODEL.TYPE].rpartition(".")[2]]
+
+
+def architecture_of(config: CfgNode, num_classes: int) -> Architecture:
+    """The architecture of a Swin, for building it with another library."""
+    section = _architecture(config)
+    return Architecture(
+        model_type=config.MODEL.TYPE,
+        img_size=config.DATA.IMG_SIZE,
+        embed_dim=section.EMBED_DIM,
+        depths=tuple(section.DEPTHS),
+        num_heads=tuple(section.NUM_HEADS),
+        window_size=section.WINDOW_SIZE,
+        num_classes=num_classes,
+        pretrained_window_sizes=tuple(section.PRETRAINED_WINDOW_SIZES) if config.MODEL.TYPE == "swinv2" else (),
+    )
 
 
 def input_channels(config: CfgNode) -> int:

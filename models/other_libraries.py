@@ -1,80 +1,116 @@
-"""The same Swins by other libraries, untrained: to be compared with and to be measured beside."""
+"""Builds the same Swins with timm, torchvision and transformers, untrained, for comparisons and benchmarks."""
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torchvision
-from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
-from data.transforms.eval_presets import TORCHVISION
+from utils.origins import TORCHVISION_NAMES
 
-Build = Callable[[CfgNode, CfgNode, int], nn.Module | None]
-
-
-def by_timm(config: CfgNode, section: CfgNode, classes: int) -> nn.Module:
-    """timm's class with the arguments of this architecture."""
-    v2 = config.MODEL.TYPE == "swinv2"
-    build = swin_transformer_v2.SwinTransformerV2 if v2 else swin_transformer.SwinTransformer
-    return build(
-        img_size=config.DATA.IMG_SIZE,
-        num_classes=classes,
-        embed_dim=section.EMBED_DIM,
-        depths=tuple(section.DEPTHS),
-        num_heads=tuple(section.NUM_HEADS),
-        window_size=section.WINDOW_SIZE,
-        **({"pretrained_window_sizes": tuple(section.PRETRAINED_WINDOW_SIZES)} if v2 else {}),
-    )
-
-
-def by_torchvision(config: CfgNode, section: CfgNode, classes: int) -> nn.Module | None:
-    """torchvision's model of this architecture; None where it has none."""
-    name = TORCHVISION.get((config.MODEL.TYPE, section.EMBED_DIM, tuple(section.DEPTHS)))
-    same_window = section.WINDOW_SIZE == (8 if config.MODEL.TYPE == "swinv2" else 7)
-    if name is None or not same_window or 32 * section.NUM_HEADS[0] != section.EMBED_DIM:
-        return None
-    return torchvision.models.get_model(name, weights=None, num_classes=classes)
-
-
-def by_transformers(config: CfgNode, section: CfgNode, classes: int) -> nn.Module:
-    """The model for image classification of transformers, made from a configuration of this architecture."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+if TYPE_CHECKING:
     import transformers
 
-    v2 = config.MODEL.TYPE == "swinv2"
-    build = transformers.Swinv2ForImageClassification if v2 else transformers.SwinForImageClassification
-    settings = (transformers.Swinv2Config if v2 else transformers.SwinConfig)(
-        image_size=config.DATA.IMG_SIZE,
-        num_labels=classes,
-        embed_dim=section.EMBED_DIM,
-        depths=list(section.DEPTHS),
-        num_heads=list(section.NUM_HEADS),
-        window_size=section.WINDOW_SIZE,
-        **({"pretrained_window_sizes": list(section.PRETRAINED_WINDOW_SIZES)} if v2 else {}),
+
+@dataclass(frozen=True)
+class Architecture:
+    """Hyperparameters that all libraries have in common. `models.build.architecture_of` reads them from a config.
+
+    Attributes:
+        model_type: swin, swinv2 or swin_mlp, as MODEL.TYPE.
+        pretrained_window_sizes: of Swin V2, one per stage, 0 for window_size; () for 0 in every stage.
+    """
+
+    model_type: str
+    img_size: int
+    embed_dim: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    window_size: int
+    num_classes: int
+    pretrained_window_sizes: tuple[int, ...] = ()
+
+    @property
+    def v2_arguments(self) -> dict[str, list[int]]:
+        if self.model_type != "swinv2":
+            return {}
+        return {"pretrained_window_sizes": list(self.pretrained_window_sizes or (0,) * len(self.depths))}
+
+
+def timm_swin(architecture: Architecture) -> nn.Module:
+    """timm's model of this architecture."""
+    from timm.models import swin_transformer, swin_transformer_v2
+
+    v2 = architecture.model_type == "swinv2"
+    model_class = swin_transformer_v2.SwinTransformerV2 if v2 else swin_transformer.SwinTransformer
+    return model_class(
+        img_size=architecture.img_size,
+        num_classes=architecture.num_classes,
+        embed_dim=architecture.embed_dim,
+        depths=architecture.depths,
+        num_heads=architecture.num_heads,
+        window_size=architecture.window_size,
+        **architecture.v2_arguments,
     )
-    return build(settings)
 
 
-LIBRARIES: dict[str, Build] = {"timm": by_timm, "torchvision": by_torchvision, "transformers": by_transformers}
+def torchvision_swin(architecture: Architecture) -> nn.Module | None:
+    """torchvision's model of this architecture; None if it has no such model by name."""
+    import torchvision
+
+    name = TORCHVISION_NAMES.get((architecture.model_type, architecture.embed_dim, architecture.depths))
+    same_window = architecture.window_size == (8 if architecture.model_type == "swinv2" else 7)
+    if name is None or not same_window or 32 * architecture.num_heads[0] != architecture.embed_dim:
+        return None
+    return torchvision.models.get_model(name, weights=None, num_classes=architecture.num_classes)
 
 
-def section_of(config: CfgNode) -> CfgNode:
-    return config.MODEL[config.MODEL.TYPE.upper()]
+def transformers_config(architecture: Architecture) -> "transformers.PretrainedConfig":
+    """The configuration of this architecture in transformers."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: nothing here needs the network
+    import transformers
+
+    config_class = transformers.Swinv2Config if architecture.model_type == "swinv2" else transformers.SwinConfig
+    return config_class(
+        image_size=architecture.img_size,
+        num_labels=architecture.num_classes,
+        embed_dim=architecture.embed_dim,
+        depths=list(architecture.depths),
+        num_heads=list(architecture.num_heads),
+        window_size=architecture.window_size,
+        **architecture.v2_arguments,
+    )
 
 
-def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """(B, classes), also where the library wraps them in an object."""
-    answer = model(images)
-    return answer if isinstance(answer, Tensor) else answer.logits
+def transformers_swin(architecture: Architecture) -> nn.Module:
+    """transformers' image classification model of this architecture."""
+    settings = transformers_config(architecture)
+    import transformers
+
+    v2 = architecture.model_type == "swinv2"
+    return (transformers.Swinv2ForImageClassification if v2 else transformers.SwinForImageClassification)(settings)
+
+
+LIBRARIES: dict[str, Callable[[Architecture], nn.Module | None]] = {
+    "timm": timm_swin,
+    "torchvision": torchvision_swin,
+    "transformers": transformers_swin,
+}
+
+
+def build_with(library: str, architecture: Architecture) -> nn.Module | None:
+    """The model of one of LIBRARIES; None if the library has no such architecture, such as Swin-MLP."""
+    return None if architecture.model_type == "swin_mlp" else LIBRARIES[library](architecture)
 
 
 class Logits(nn.Module):
-    """A model that gives its logits, whatever its library wraps them in."""
+    """Returns a model's logits, (B, num_classes), also if its library wraps them in an object."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return logits(self.model, images)
+        output = self.model(images)
+        return output if isinstance(output, Tensor) else output.logits

@@ -1,17 +1,12 @@
 """Swins of other libraries with random weights, and the same architecture of this project."""
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here needs a network
+from dataclasses import dataclass
 
 import torch
 import torchvision
-from timm.models import swin_transformer as timm_v1
-from timm.models import swin_transformer_v2 as timm_v2
 from torch import Tensor, nn
 
+from models.other_libraries import Architecture, Logits, timm_swin, transformers_swin
 from models.swin_transformer import SwinTransformer
 from models.swin_transformer_v2 import SwinTransformerV2
 from tests._swin import SIZES, spread
@@ -19,7 +14,7 @@ from tests._swin import SIZES, spread
 
 @dataclass(frozen=True)
 class Case:
-    """One architecture, in the words of this project. `origin` is the library that makes it."""
+    """One architecture with this project's argument names. `origin` is the library to compare with."""
 
     origin: str
     version: int = 1
@@ -29,7 +24,7 @@ class Case:
     img_size: int = 64
     window_size: int = 4
     num_classes: int = 7
-    pretrained_window_sizes: tuple[int, ...] = field(default=())
+    pretrained_window_sizes: tuple[int, ...] = ()
 
     def ours(self) -> nn.Module:
         arguments = {key: value for key, value in vars(self).items() if key not in ("origin", "version")}
@@ -37,9 +32,14 @@ class Case:
             del arguments["pretrained_window_sizes"]
         return (SwinTransformer if self.version == 1 else SwinTransformerV2)(**arguments).eval()
 
+    def architecture(self) -> Architecture:
+        arguments = {key: value for key, value in vars(self).items() if key not in ("origin", "version")}
+        return Architecture("swin" if self.version == 1 else "swinv2", **arguments)
+
     def theirs(self) -> nn.Module:
-        """With weights that are easy to tell apart. A key bias, where there is one, is zero, as in a fresh model."""
-        model = spread(MAKERS[self.origin](self)).eval()
+        """The library's model with weights that are easy to tell apart. A key bias is zero, as in a new model."""
+        build = {"timm": timm_swin, "torchvision": torchvision_swin, "hf": transformers_swin}[self.origin]
+        model = spread(build(self.architecture())).eval()
         if (self.origin, self.version) == ("torchvision", 2):
             for name, parameter in model.named_parameters():
                 if name.endswith("attn.qkv.bias"):
@@ -58,62 +58,26 @@ class Case:
         )
 
 
-def _timm(case: Case) -> nn.Module:
-    arguments = {
-        key: getattr(case, key)
-        for key in ("embed_dim", "depths", "num_heads", "img_size", "window_size", "num_classes")
-    }
-    if case.version == 1:
-        return timm_v1.SwinTransformer(**arguments)
-    return timm_v2.SwinTransformerV2(
-        **arguments, pretrained_window_sizes=case.pretrained_window_sizes or (0,) * len(case.depths)
-    )
-
-
-def _torchvision(case: Case) -> nn.Module:
+def torchvision_swin(architecture: Architecture) -> nn.Module:
+    """torchvision's model of any architecture, also of those that it has no name for."""
     module = torchvision.models.swin_transformer
-    variant = {"block": module.SwinTransformerBlockV2, "downsample_layer": module.PatchMergingV2}
+    v2 = {"block": module.SwinTransformerBlockV2, "downsample_layer": module.PatchMergingV2}
     return module.SwinTransformer(
         patch_size=[4, 4],
-        embed_dim=case.embed_dim,
-        depths=list(case.depths),
-        num_heads=list(case.num_heads),
-        window_size=[case.window_size] * 2,
-        num_classes=case.num_classes,
-        **(variant if case.version == 2 else {}),
+        embed_dim=architecture.embed_dim,
+        depths=list(architecture.depths),
+        num_heads=list(architecture.num_heads),
+        window_size=[architecture.window_size] * 2,
+        num_classes=architecture.num_classes,
+        **(v2 if architecture.model_type == "swinv2" else {}),
     )
 
 
-def hf_config(case: Case):
-    import transformers
-
-    extra = {"pretrained_window_sizes": list(case.pretrained_window_sizes or (0,) * len(case.depths))}
-    kind = transformers.SwinConfig if case.version == 1 else transformers.Swinv2Config
-    return kind(
-        image_size=case.img_size,
-        embed_dim=case.embed_dim,
-        depths=list(case.depths),
-        num_heads=list(case.num_heads),
-        window_size=case.window_size,
-        num_labels=case.num_classes,
-        **(extra if case.version == 2 else {}),
-    )
-
-
-def _hf(case: Case) -> nn.Module:
-    import transformers
-
-    kinds = (transformers.SwinForImageClassification, transformers.Swinv2ForImageClassification)
-    return kinds[case.version - 1](hf_config(case))
-
-
-MAKERS: dict[str, Callable[[Case], nn.Module]] = {"timm": _timm, "torchvision": _torchvision, "hf": _hf}
-
-SMALL = [Case(origin, version) for origin in MAKERS for version in (1, 2)]
+SMALL = [Case(origin, version) for origin in ("timm", "torchvision", "hf") for version in (1, 2)]
 
 
 def _released() -> list[Case]:
-    """Every size that the libraries have weights for."""
+    """Every architecture that the libraries have weights for."""
     cases = []
 
     def add(origins: tuple[str, ...], version: int, size: str, img_size: int, window: int, **more) -> None:
@@ -143,5 +107,4 @@ RELEASED = _released()
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     with torch.no_grad():
-        out = model(images)
-    return getattr(out, "logits", out)
+        return Logits(model)(images)

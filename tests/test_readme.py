@@ -15,9 +15,7 @@ from benchmarks import throughput
 from config import get_config
 from models.build import build_model
 from models.count import count_macs, count_parameters
-from tools import plot_run
 from utils.paths import REPO_ROOT
-from utils.tracking.metric_writer import MetricWriter
 
 DOCS = [*sorted(REPO_ROOT.glob("*.md")), REPO_ROOT / "logs" / "README.md", *sorted((REPO_ROOT / "docs").rglob("*.md"))]
 CONFIGS = REPO_ROOT / "configs"
@@ -149,18 +147,6 @@ def test_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def list_or_number(value):
     return list(value) if isinstance(value, tuple) else value
-
-
-def test_curves_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture):
-    records = MetricWriter(tmp_path, tmp_path / "tensorboard", 0, 0)
-    for update in (1, 2, 3, 4):
-        records.add("train", update, 10 * update, {"loss": 2.0 / update})
-    records.add("epoch", 4, 40, {"epoch": 1, "val_loss": 0.7, "acc1": 60.0, "ema_acc1": 61.0})
-    (tmp_path / "starts.jsonl").write_text('{"images_seen": 0}\n{"images_seen": 20}\n')
-    assert plot_run.main([str(tmp_path), str(tmp_path / "curve.png")]) == 0
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert plot_run.main([str(tmp_path / "none"), "x.png"]) == 2
-    assert "Give the folder of a run" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,18 +1,17 @@
-"""Packs a data set for fast training: images made smaller, as JPEGs in tiles, in a few large files.
+"""Packs an image dataset into a few large files for fast reading.
 
     python -m tools.pack_dataset PACKED --data-path DIR                       an image folder, 500 pixels (about 67 GB)
-    python -m tools.pack_dataset PACKED --data-path DIR --zip --size 400      the zip layout, 400 pixels (about 48 GB)
-    python -m tools.pack_dataset PACKED --verify                              reads all and compares checksums
+    python -m tools.pack_dataset PACKED --data-path DIR --zip --size 400      zip archives, 400 pixels (about 48 GB)
+    python -m tools.pack_dataset PACKED --verify                              reads everything, compares checksums
 
-then train with --data-path PACKED --opts DATA.DATASET packed.
+Then train with --data-path PACKED --opts DATA.DATASET packed.
 
-Training images whose longer side has more than --size pixels are made smaller, none is made larger, and all are encoded
-anew as JPEGs of --quality, which loses a little once. Validation images stay as they are, byte for byte, so that
-evaluation gives the same figures. Images of at most 64 pixels are stored without loss.
+Training images whose longer side exceeds --size pixels are made smaller, and none is enlarged; all are encoded again as
+JPEGs of --quality, with a small loss that occurs once. Validation images are copied byte for byte, so that evaluation
+gives the same metrics. Images of at most 64 pixels are stored losslessly.
 
-What is packed appears under its name when it is complete. Interrupted, the same command goes on at the last finished
-file. An image that cannot be decoded stops the packing, or is left out while there are no more of them than
---max-bad-images.
+Files appear under their names only when they are complete. After an interruption the same command continues after the
+last finished file. An image that cannot be decoded stops the packing; up to --max-bad-images of them are left out.
 """
 
 import argparse
@@ -40,158 +39,194 @@ from data.codecs.pillow_decode import BadImage
 from data.datasets.base import Images
 from data.datasets.pack_writer import ImageEncoder, ShardWriter, dataset_digest, folder_lock
 from data.datasets.packed import FORMAT, INDEX, open_packed
+from utils.cli import CliParser, number, run_cli
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-CHUNK = 16  # images that a process handles at a time
-SIZE = 500  # longer side of training images, pixels
-QUALITY = 90  # of training images as JPEG
-SECONDS_BETWEEN_LINES = 10.0
-RANGES = {"size": (65, 2048), "quality": (50, 100), "workers": (1, 1024), "max-bad-images": (0, 10**9)}  # of flags
-
-# Work for several processes ------------------------------------------------------------------------------------------
-
-_work: Callable[[int], object] | None = None  # of a worker process
+CHUNK = 16  # images per task of a worker process
+LOG_INTERVAL = 10.0  # seconds
 
 
-def _start(work: Callable[[int], object]) -> None:
-    global _work
-    _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers it, and ends its workers
+@dataclass(frozen=True)
+class PackOptions:
+    """The dataset to pack and how.
+
+    Attributes:
+        dataset, zipped: as DATA.DATASET and DATA.ZIP_MODE.
+        size: longer side of training images at most, in pixels.
+        quality: of training images as JPEG.
+    """
+
+    output: Path
+    data_path: str
+    dataset: str = "imagenet"
+    zipped: bool = False
+    size: int = 500
+    quality: int = 90
+    workers: int = 1
+    max_bad_images: int = 0
 
 
-def _chunk(numbers: range) -> list:
-    return [_work(i) for i in numbers]
+# Worker processes ----------------------------------------------------------------------------------------------------
+
+_function: Callable[[int], object] | None = None  # set in each worker process
 
 
-def in_order(work: Callable[[int], object], numbers: range, workers: int) -> Generator:
-    """`work(i)` for each of `numbers`, in their order, by `workers` processes that run ahead a little.
+def _init_worker(function: Callable[[int], object]) -> None:
+    global _function
+    _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles it and stops its workers
+
+
+def _run_chunk(indices: range) -> list[object]:
+    assert _function is not None
+    return [_function(i) for i in indices]
+
+
+def map_in_order(function: Callable[[int], object], indices: range, workers: int) -> Generator:
+    """Yields `function(i)` for each of `indices` in order, computed a little ahead by `workers` processes.
 
     Raises:
         UserError: a process died.
     """
-    chunks = iter([numbers[i : i + CHUNK] for i in range(0, len(numbers), CHUNK)])
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start, (work,))
+    chunks = iter([indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK)])
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _init_worker, (function,))
     try:
-        ahead: collections.deque[Future] = collections.deque()
+        pending: collections.deque[Future] = collections.deque()
         for chunk in chunks:
-            ahead.append(pool.submit(_chunk, chunk))
-            if len(ahead) > 3 * workers:
-                yield from ahead.popleft().result()
-        while ahead:
-            yield from ahead.popleft().result()
+            pending.append(pool.submit(_run_chunk, chunk))
+            if len(pending) > 3 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
     except BrokenProcessPool:
         raise UserError(
-            f"One of the {workers} packing processes is gone, most often for want of memory. Give the same command "
-            f"again with fewer: --workers {max(1, workers // 2)}"
+            f"One of the {workers} packing processes died, most often from lack of memory. Run the same command with "
+            f"fewer: --workers {max(1, workers // 2)}"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-class Progress:
-    """Says every few seconds how far the packing of a split is, and when it will be done."""
+class PackProgress:
+    """Logs every few seconds how much of a split is done, and when the rest will be."""
 
     def __init__(self, split: str, total: int, folder: Path):
         self.split, self.total, self.folder = split, total, folder
-        self.begun = self.said = time.monotonic()
-        self.fresh = self.bytes = 0  # what this attempt has done
+        self.started = self.logged = time.monotonic()
+        self.images = self.bytes = 0  # done since `started`
         self.warned = False
 
     def add(self, done: int, size: int) -> None:
-        self.fresh += 1
+        """Counts one image of `size` bytes; `done` is the number of images done, including those of earlier runs."""
+        self.images += 1
         self.bytes += size
-        if time.monotonic() - self.said < SECONDS_BETWEEN_LINES:
+        if time.monotonic() - self.logged < LOG_INTERVAL:
             return
-        self.said = time.monotonic()
-        rate = self.fresh / (self.said - self.begun)
-        left = self.total - done
-        end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + left / rate))
-        missing = self.bytes / self.fresh * left
+        self.logged = time.monotonic()
+        rate = self.images / (self.logged - self.started)
+        remaining = self.total - done
+        remaining_bytes = self.bytes / self.images * remaining
         log.info(
-            "%s: %s of %s images (%.1f %%), %.0f images/s, %.1f GB to come, done %s",
+            "%s: %s of %s images (%.1f %%), %.0f images/s, %.1f GB remaining, done %s",
             self.split,
             f"{done:,}",
             f"{self.total:,}",
             100 * done / self.total,
             rate,
-            missing / 1e9,
-            end,
+            remaining_bytes / 1e9,
+            time.strftime("%a %d %b %H:%M", time.localtime(time.time() + remaining / rate)),
         )
         free = shutil.disk_usage(self.folder).free
-        if missing > free and not self.warned:
+        if remaining_bytes > free and not self.warned:
             self.warned = True
-            log.warning("%s has room for %.1f GB only: it will be full before the end", self.folder, free / 1e9)
+            log.warning("%s has only %.1f GB free: it will be full before the end", self.folder, free / 1e9)
 
 
 # The command ---------------------------------------------------------------------------------------------------------
 
 
-def pack(
-    output: Path, data_path: str, dataset: str, zipped: bool, size: int, quality: int, workers: int, max_bad: int
-) -> None:
-    """Packs both splits of a data set into `output`.
+def pack(options: PackOptions) -> None:
+    """Packs both splits of a dataset.
 
     Raises:
-        UserError: anything the user can mend: in the data, the folder, the disk or the flags.
+        UserError: an error in the data, the folder, the disk or the flags.
     """
-    opts = ["DATA.DATA_PATH", data_path, "DATA.DATASET", dataset, "DATA.ZIP_MODE", zipped, "DATA.CACHE_MODE", "no"]
-    config = get_config(None, [*opts, "MODEL.NUM_CLASSES", 0])
-    root = Path(data_path).expanduser()
+    root, output = Path(options.data_path).expanduser(), options.output
     if output.resolve() == root.resolve():
-        raise UserError(f"{output}: packed data cannot lie where they are made from. Give another folder.")
+        raise UserError(f"{output}: packed data cannot be written into the folder they are made from. Give another.")
+    opts = {
+        "DATA.DATA_PATH": options.data_path,
+        "DATA.DATASET": options.dataset,
+        "DATA.ZIP_MODE": options.zipped,
+        "DATA.CACHE_MODE": "no",
+        "MODEL.NUM_CLASSES": 0,
+    }
+    config = get_config(None, [word for item in opts.items() for word in item])
     data = build_datasets(config, DistInfo.single(torch.device("cpu")))
     for split, images in (("train", data.train), ("val", data.val)):
-        folder = output / split
-        if (folder / INDEX).exists():
-            log.info("%s is complete already", folder)
-            continue
-        packer = ImageEncoder(images, size if split == "train" else None, quality)
-        settings = {"format": FORMAT, "source": f"{dataset} {root.resolve()}", "contents": dataset_digest(images)}
-        if split == "train":
-            settings |= {"size": size, "quality": quality}
-        names = lambda i, images=images: images.path(i).removeprefix(f"{root}/")  # noqa: E731
-        try:
-            with folder_lock(folder):
-                progress = Progress(split, len(images), folder)
-                packed = partial(in_order, packer, workers=workers)
-                whole = ShardWriter(images, folder, settings, names, packed, progress.add, max_bad).run()
-        except OSError as error:
-            raise UserError(
-                f"{folder}: {error.strerror or error}. What is finished is kept: make room or mend it, and give the "
-                "same command again."
-            ) from error
-        total, count = int(whole.index.columns["size"].sum(dtype=np.int64)), len(whole.index)
-        left_out = f", {len(whole.settings['bad'])} left out" if whole.settings["bad"] else ""
-        log.info(
-            "%s: %s images, %.3g GB, %.1f kB each%s", folder, f"{count:,}", total / 1e9, total / 1e3 / count, left_out
-        )
+        if (output / split / INDEX).exists():
+            log.info("%s is already complete", output / split)
+        else:
+            pack_split(options, split, images)
     log.info("Train with: --data-path %s --opts DATA.DATASET packed", output)
 
 
+def pack_split(options: PackOptions, split: str, images: Images) -> None:
+    """Packs one split, continuing an earlier run."""
+    root, folder = Path(options.data_path).expanduser(), options.output / split
+    settings = {
+        "format": FORMAT,
+        "source": f"{options.dataset} {root.resolve()}",
+        "contents": dataset_digest(images),
+    }
+    if split == "train":
+        settings |= {"size": options.size, "quality": options.quality}
+    encoder = ImageEncoder(images, options.size if split == "train" else None, options.quality)
+    try:
+        with folder_lock(folder):
+            packed = ShardWriter(
+                images=images,
+                folder=folder,
+                settings=settings,
+                names=lambda i: images.path(i).removeprefix(f"{root}/"),
+                packed=partial(map_in_order, encoder, workers=options.workers),
+                progress=PackProgress(split, len(images), folder).add,
+                max_bad=options.max_bad_images,
+            ).run()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {error.strerror or error}. Finished files are kept: fix the cause, for example free disk "
+            "space, and run the same command again."
+        ) from error
+    total, count = int(packed.index.columns["size"].sum(dtype=np.int64)), len(packed.index)
+    bad = f", {len(packed.settings['bad'])} left out" if packed.settings["bad"] else ""
+    log.info("%s: %s images, %.3g GB, %.1f kB each%s", folder, f"{count:,}", total / 1e9, total / 1e3 / count, bad)
+
+
 def verify(output: Path, workers: int) -> None:
-    """Reads every image of packed data. Raises UserError when one is damaged, and names the first few."""
+    """Reads every image of packed data. Raises UserError if one is damaged; names the first few."""
     for split in ("train", "val"):
         images = open_packed(output, split)
-        progress = Progress(split, len(images), output)
-        bad = []
-        for i, (size, reason) in enumerate(in_order(Check(images), range(len(images)), workers)):
-            if reason:
-                bad.append(reason)
+        progress = PackProgress(split, len(images), output)
+        damaged = []
+        for i, (size, problem) in enumerate(map_in_order(Check(images), range(len(images)), workers)):
+            if problem:
+                damaged.append(problem)
             progress.add(i + 1, size)
-        if bad:
+        if damaged:
             raise UserError(
-                f"{len(bad)} of {len(images)} images of {output / split} are damaged: {'; '.join(bad[:5])}. Copy these "
-                "files again, or pack the data again."
+                f"{len(damaged)} of {len(images)} images of {output / split} are damaged: {'; '.join(damaged[:5])}. "
+                "Copy these files again, or pack the dataset again."
             )
-        log.info("%s: all %s images are as they were packed", output / split, f"{len(images):,}")
+        log.info("%s: all %s images match their checksums", output / split, f"{len(images):,}")
 
 
 @dataclass(frozen=True)
 class Check:
-    """Size in bytes of an image, and what is wrong with it."""
+    """Reads an image. Returns its size in bytes, and what is wrong with it or ""."""
 
     images: Images
 
@@ -202,60 +237,56 @@ class Check:
             return 0, str(error)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}. `python -m tools.pack_dataset --help` lists all flags, with examples.")
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = CliParser(
         prog="python -m tools.pack_dataset",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    default, cores = PackOptions(Path(), ""), len(os.sched_getaffinity(0))
     parser.add_argument("output", metavar="PACKED", type=Path, help="folder to write")
-    parser.add_argument("--data-path", metavar="DIR", help="folder of the data set to pack")
-    parser.add_argument("--dataset", metavar="NAME", default="imagenet", help="its kind, as DATA.DATASET (imagenet)")
-    parser.add_argument("--zip", dest="zipped", action="store_true", help="it is in the zip layout")
-    parser.add_argument("--size", metavar="N", type=int, default=SIZE, help="longer side for training, pixels (500)")
-    parser.add_argument("--quality", metavar="N", type=int, default=QUALITY, help="of JPEGs for training (90)")
-    parser.add_argument("--workers", metavar="N", type=int, default=len(os.sched_getaffinity(0)), help="processes")
-    parser.add_argument("--max-bad-images", metavar="N", type=int, default=0, help="to leave out before stopping (0)")
-    parser.add_argument("--verify", action="store_true", help="read what is packed and compare checksums")
+    parser.add_argument("--data-path", metavar="DIR", help="folder of the dataset to pack")
+    parser.add_argument("--dataset", metavar="NAME", default=default.dataset, help="as DATA.DATASET (imagenet)")
+    parser.add_argument("--zip", dest="zipped", action="store_true", help="the dataset is in zip archives")
+    parser.add_argument(
+        "--size", metavar="N", type=number(int, 65, 2048), default=default.size,
+        help="longer side of training images, pixels (500)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quality", metavar="N", type=number(int, 50, 100), default=default.quality,
+        help="JPEG quality of training images (90)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", metavar="N", type=number(int, 1, 1024), default=cores, help="processes (one per core)"
+    )
+    parser.add_argument(
+        "--max-bad-images", metavar="N", type=number(int, 0, 10**9), default=0,
+        help="bad images to leave out before stopping (0)",
+    )  # fmt: skip
+    parser.add_argument("--verify", action="store_true", help="read packed data and compare checksums")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (sys.argv by default) and returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    try:
-        args = build_parser().parse_args(argv)
-        for flag, (low, high) in RANGES.items():
-            value = getattr(args, flag.replace("-", "_"))
-            if not low <= value <= high:
-                raise UserError(f"--{flag} {value}: it must be {low} to {high}.")
-        if args.verify:
-            verify(args.output, args.workers)
-        elif args.data_path:
-            pack(
-                args.output,
-                args.data_path,
-                args.dataset,
-                args.zipped,
-                args.size,
-                args.quality,
-                args.workers,
-                args.max_bad_images,
-            )
-        else:
-            raise UserError("--data-path DIR is missing: the folder of the data set to pack.")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: what is finished is kept, and the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+
+    def program() -> int:
+        options = vars(build_parser().parse_args(argv))
+        if options.pop("verify"):
+            verify(options["output"], options["workers"])
+            return 0
+        if not options["data_path"]:
+            raise UserError("--data-path DIR is missing: the folder of the dataset to pack.")
+        try:
+            pack(PackOptions(**options))
+        except KeyboardInterrupt:
+            log.info("Finished files are kept, and the same command continues after them.")
+            raise
+        return 0
+
+    return run_cli(program)
 
 
 if __name__ == "__main__":

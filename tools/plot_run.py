@@ -1,8 +1,8 @@
-"""Draws the curves of a run from its `metrics.jsonl`:
+"""Plots loss and main validation metric of a run over its epochs.
 
     python -m tools.plot_run logs/demo/default curve.png
 
-Loss and accuracy over epochs; a dashed line where the run was started again.
+Reads `metrics.jsonl` and `starts.jsonl` in the folder of the run. Dashed lines mark where it was resumed.
 """
 
 import argparse
@@ -13,74 +13,99 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from utils.cli import run_cli
+from utils.cli import CliParser, run_cli
 from utils.errors import UserError
 from utils.tracking.metric_writer import read_records
 
-EPOCH = ("epoch", "val_loss", "acc1")  # what a record of an epoch is drawn from
+DEFAULT_METRIC = "acc1"  # for runs whose launches do not record "main_metric"
 
 
-def draw(folder: Path, picture: Path) -> None:
-    """Writes the picture of the run in `folder`; the ending of `picture` says the format.
+def plot(folder: Path, image: Path) -> None:
+    """Writes the plot of the run in `folder` to `image`, in the format of its suffix.
 
     Raises:
-        UserError: `folder` holds no run.
+        UserError: `folder` contains no run, or `image` cannot be written.
     """
     source = folder / "metrics.jsonl"
     if not source.is_file():
         raise UserError(f"{source}: no such file. Give the folder of a run, such as logs/demo/default")
-    records = read_records(folder)
-    train = [record for record in records if record["kind"] == "train" and _has_numbers(record, ("loss",))]
-    epochs = [r for r in records if r["kind"] == "epoch" and _has_numbers(r, EPOCH) and r["epoch"]]
+    records, launches = read_records(folder), read_launches(folder)
+    metric = next((m for launch in launches[::-1] if isinstance(m := launch.get("main_metric"), str)), DEFAULT_METRIC)
+    train = [record for record in records if record["kind"] == "train" and _has_numbers(record, "loss")]
+    epochs = [
+        r for r in records if r["kind"] == "epoch" and _has_numbers(r, "epoch", "val_loss", metric) and r["epoch"]
+    ]
     if not epochs:
         raise UserError(f"{source}: no epoch is complete yet; try again later")
-    per_epoch = epochs[-1]["images_seen"] / epochs[-1]["epoch"]
+    epoch_images = epochs[-1]["images_seen"] / epochs[-1]["epoch"]
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    done = [r["epoch"] for r in epochs]
-    left.plot([r["images_seen"] / per_epoch for r in train], [r["loss"] for r in train], lw=0.8, label="training")
-    left.plot(done, [r["val_loss"] for r in epochs], marker=".", label="validation")
+    epoch_numbers = [record["epoch"] for record in epochs]
+    left.plot([r["images_seen"] / epoch_images for r in train], [r["loss"] for r in train], lw=0.8, label="training")
+    left.plot(epoch_numbers, [record["val_loss"] for record in epochs], marker=".", label="validation")
     left.set(xlabel="epoch", ylabel="loss")
-    right.plot(done, [r["acc1"] for r in epochs], marker=".", label="top-1")
-    if "ema_acc1" in epochs[-1]:
-        right.plot(done, [r.get("ema_acc1") for r in epochs], marker=".", label="top-1 of the averaged weights")
-    right.set(xlabel="epoch", ylabel="% of validation images")
-    for number, samples in enumerate(restarts(folder)):
+    right.plot(epoch_numbers, [record[metric] for record in epochs], marker=".", label=metric)
+    if (ema_metric := f"ema_{metric}") in epochs[-1]:
+        right.plot(epoch_numbers, [record.get(ema_metric) for record in epochs], marker=".", label=ema_metric)
+    right.set(xlabel="epoch", ylabel=metric)
+    for number, images_seen in enumerate(resume_points(launches)):
         for axes in (left, right):
-            label = None if number else "started again"
-            axes.axvline(samples / per_epoch, color="grey", ls="--", lw=0.8, label=label)
+            label = None if number else "resumed"
+            axes.axvline(images_seen / epoch_images, color="grey", ls="--", lw=0.8, label=label)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(f"{folder}: top-1 {epochs[-1]['acc1']:.2f} % after {epochs[-1]['epoch']} epochs", fontsize=10)
+    figure.suptitle(f"{folder}: {metric} {epochs[-1][metric]:.2f} after {epochs[-1]['epoch']} epochs", fontsize=10)
     try:
-        figure.savefig(picture, dpi=110)
+        figure.savefig(image, dpi=110)
     except (OSError, ValueError) as error:
-        raise UserError(f"{picture}: cannot be written ({error}). Give a path that ends in .png or .svg") from error
+        raise UserError(f"{image}: cannot be written ({error}). Give a path that ends in .png or .svg") from error
 
 
-def _has_numbers(record: dict, names: Sequence[str]) -> bool:
+def _has_numbers(record: dict, *names: str) -> bool:
     return all(isinstance(record.get(name), int | float) for name in names)
 
 
-def restarts(folder: Path) -> list[int]:
-    """The clock at each start that continued the run. A line that was cut short by a kill is left out."""
-    starts = []
-    for line in (folder / "starts.jsonl").read_text().splitlines() if (folder / "starts.jsonl").exists() else []:
+def read_launches(folder: Path) -> list[dict]:
+    """The launch records of the run in `folder`. A line that was cut short by a kill is skipped."""
+    path = folder / "starts.jsonl"
+    launches = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            starts.append(json.loads(line)["images_seen"])
-        except (ValueError, KeyError, TypeError):
+            launches.append(json.loads(line))
+        except json.JSONDecodeError:
             continue
-    return [samples for samples in starts if isinstance(samples, int) and samples > 0]
+    return [launch for launch in launches if isinstance(launch, dict)]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.plot_run", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="a run, such as logs/demo/default")
-    parser.add_argument("picture", type=Path, help="the picture to write, .png or .svg")
-    args = parser.parse_args(argv)
-    return run_cli(lambda: draw(args.folder, args.picture) or 0)
+def resume_points(launches: list[dict]) -> list[int]:
+    """Images seen at each launch that resumed the run."""
+    points = [launch.get("images_seen") for launch in launches]
+    return [images_seen for images_seen in points if isinstance(images_seen, int) and images_seen > 0]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = CliParser(
+        prog="python -m tools.plot_run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a run, such as logs/demo/default")
+    parser.add_argument("image", metavar="IMAGE", type=Path, help="the image to write, .png or .svg")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (sys.argv by default) and returns the exit code."""
+
+    def program() -> int:
+        args = build_parser().parse_args(argv)
+        plot(args.folder, args.image)
+        return 0
+
+    return run_cli(program)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ Imports nothing slow, so that `--help` and mistakes are answered at once.
 import argparse
 import errno
 import math
+import os
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -72,13 +74,27 @@ def as_user_error(error: Exception, less_memory: str = LESS_MEMORY) -> UserError
 def run_cli(program: Callable[[], int]) -> int:
     """Runs `program` and returns its exit code. Errors the user can fix are printed without a traceback."""
     try:
-        return program()
+        code = program()
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except (UserError, MemoryError, RuntimeError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _discard_closed_stdout():
+            return ExitCode.CLOSED_PIPE
         user_error = error if isinstance(error, UserError) else as_user_error(error)
         if user_error is None:
             raise
         print(f"error: {user_error}", file=sys.stderr)
         return user_error.exit_code
+
+
+def _discard_closed_stdout() -> bool:
+    """Redirects stdout to nowhere if its reader, such as `head`, has exited. Returns whether it has."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails too
+    return closed

@@ -12,6 +12,7 @@ class ExitCode(IntEnum):
     DIVERGED = 3  # training stopped because loss or gradients were no longer finite
     LOST_PROCESS = 4  # another process of the run was killed, stopped, hung, or ended with an error of its own
     INTERRUPTED = 130  # Ctrl-C
+    CLOSED_PIPE = 141  # the reader of the output, such as `head`, exited
 
 
 class UserError(Exception):

@@ -19,17 +19,6 @@ from torchvision.transforms.v2 import functional
 from data.transforms.reference import SMALL, Transform, eval_transform, interpolation_mode, original_resize
 from utils.errors import UserError
 
-ORIGINS = ("original", "timm", "torchvision", "hf")
-
-TORCHVISION = {  # torchvision's model names, by MODEL.TYPE, channels of the first stage, and depths
-    ("swin", 96, (2, 2, 6, 2)): "swin_t",
-    ("swin", 96, (2, 2, 18, 2)): "swin_s",
-    ("swin", 128, (2, 2, 18, 2)): "swin_b",
-    ("swinv2", 96, (2, 2, 6, 2)): "swin_v2_t",
-    ("swinv2", 96, (2, 2, 18, 2)): "swin_v2_s",
-    ("swinv2", 128, (2, 2, 18, 2)): "swin_v2_b",
-}
-
 
 @dataclass(frozen=True)
 class InputConfig:
@@ -50,7 +39,7 @@ class EvalPreset:
     """One way to prepare images for evaluation.
 
     Attributes:
-        origin: the library that the preset is from, one of ORIGINS.
+        origin: the library that the preset is from, one of utils.origins.ORIGINS.
         description: the steps, for the log.
     """
 
@@ -82,7 +71,7 @@ def eval_preset(
     inputs: InputConfig = DEFAULT_INPUTS,
     torchvision_name: str = "",
 ) -> EvalPreset:
-    """The preset of `origin`, one of ORIGINS, for images of `size` × `size` pixels.
+    """The preset of `origin`, one of utils.origins.ORIGINS, for images of `size` × `size` pixels.
 
     Args:
         crop, interpolation: used by the original preset only.

@@ -1,6 +1,7 @@
-"""One table of rules for each layout in which Swin weights exist: on the left the names of this project, which are the
-original's, on the right those of the layout. `models.pretrained.convert` reads them from right to left for weights that come in,
-and from left to right for weights that go out.
+"""Formats of Swin weights: for each, one table of rules between this project's parameter names and that format's.
+
+This project's names are those of the original code. `models.pretrained.convert` reads a table from right to left to
+import weights, and from left to right to export them.
 
 Shapes: `N` tokens in a window.
 """
@@ -8,78 +9,87 @@ Shapes: `N` tokens in a window.
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# What files hold beside what is learnt, by the last word of its name: buffers that follow from the configuration, and
-# the key bias of Swin V2, which torchvision keeps in its files and does not use.
+# Entries of weight files that are not learned, by the last part of their name: buffers that follow from the
+# configuration, and the key bias of Swin V2, which torchvision stores and does not use.
 INDEX, MASK, COORDINATES, KEY_BIAS = "relative_position_index", "attn_mask", "relative_coords_table", "k_bias"
 DERIVED = (INDEX, MASK, COORDINATES, KEY_BIAS)
 
-Tensors = list[Tensor | None]  # those of one rule, in its order; None where an optional one is absent
+Tensors = list[Tensor | None]  # the tensors of one rule, in its order; None for an optional one that is absent
 
-# What the names of a pattern's numbers mean: of stage i, written factor · i + offset.
+# Stage numbers in patterns: the number written for stage i is factor * i + offset.
 _STAGE = {"i": (1, 0), "i+1": (1, 1), "2i+1": (2, 1), "2i+2": (2, 2)}
 
 
-class Pattern:
-    """Names of one kind, such as `layers.{i}.blocks.{j}.norm1.{rest}`; with `?` behind it, of a tensor that may lack.
+class KeyPosition(NamedTuple):
+    """Values of a pattern's placeholders. Stages and blocks count from 0; -1 or "" if the pattern has no such part."""
 
-    A name and its place, (stage, block, rest), determine each other. Stages count from 0; what a pattern does not
-    mention is -1 or "".
+    stage: int
+    block: int
+    rest: str
+
+
+class KeyPattern:
+    """A family of names, such as `layers.{i}.blocks.{j}.norm1.{rest}`. A trailing `?` marks an optional tensor.
+
+    `parse` and `format` are inverse to each other.
     """
 
     def __init__(self, text: str):
         self.required = not text.endswith("?")
-        self.words = re.split(r"\{(.+?)\}", text.removesuffix("?"))  # literal, number, literal, …
+        self.parts = re.split(r"\{(.+?)\}", text.removesuffix("?"))  # literal, placeholder, literal, …
         groups = {"rest": "(?P<rest>.+)", "j": r"(?P<j>\d+)"}
         expression = "".join(
-            groups.get(word, r"(?P<i>\d+)") if k % 2 else re.escape(word) for k, word in enumerate(self.words)
+            groups.get(part, r"(?P<i>\d+)") if k % 2 else re.escape(part) for k, part in enumerate(self.parts)
         )
         self.expression = re.compile(expression)
-        self.factor, self.offset = next((_STAGE[word] for word in self.words[1::2] if word in _STAGE), (1, 0))
+        self.factor, self.offset = next((_STAGE[part] for part in self.parts[1::2] if part in _STAGE), (1, 0))
 
-    def place(self, name: str) -> tuple[int, int, str] | None:
-        """Where `name` belongs, or None where it is not of this kind."""
+    def parse(self, name: str) -> KeyPosition | None:
+        """The placeholders' values in `name`, or None if the pattern does not match."""
         match = self.expression.fullmatch(name)
         if match is None:
             return None
-        found = match.groupdict()
-        stage, left = divmod(int(found["i"]) - self.offset, self.factor) if "i" in found else (-1, 0)
-        if left or ("i" in found and stage < 0):
+        groups = match.groupdict()
+        stage, remainder = divmod(int(groups["i"]) - self.offset, self.factor) if "i" in groups else (-1, 0)
+        if remainder or ("i" in groups and stage < 0):
             return None
-        return stage, int(found.get("j", -1)), found.get("rest", "")
+        return KeyPosition(stage, int(groups.get("j", -1)), groups.get("rest", ""))
 
-    def name(self, place: tuple[int, int, str]) -> str:
-        stage, block, rest = place
+    def format(self, position: KeyPosition) -> str:
+        """The name at `position`."""
+        stage, block, rest = position
         values = {"j": str(block), "rest": rest, **{key: str(f * stage + o) for key, (f, o) in _STAGE.items()}}
-        return "".join(values[word] if k % 2 else word for k, word in enumerate(self.words))
+        return "".join(values[part] if k % 2 else part for k, part in enumerate(self.parts))
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`ours` ↔ `theirs`: patterns, one or several on each side, and what is done to the tensors on the way."""
+    """Patterns in this project's names (`ours`) and in the format's (`theirs`), and the conversion between them."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     to_ours: Callable[[Tensors], Tensors] = list
     to_theirs: Callable[[Tensors], Tensors] = list
-    version: int = 0  # of Swin, 1 or 2, where it holds; 0 for both
+    version: int = 0  # the Swin version it applies to, 1 or 2; 0 for both
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One way to name and cut the weights of a Swin.
+class WeightFormat:
+    """One way to name and split the weights of a Swin.
 
     Args:
-        name: for people, and what `tools.convert_weights --to` takes.
-        origin: whose models are saved like this; the same as `name` but for further spellings.
-        anchor: a name that every file has, behind any prefix.
-        rules: the first that matches a name is its rule. None for the layout of this project.
-        stored: those of `DERIVED` that are part of a file.
-        body: for Swin V1 and V2, what stands before all names but the classifier's, where there is a classifier.
+        name: shown in messages, and the value of `tools.convert_weights --to`.
+        origin: the library that writes this format, one of utils.origins.ORIGINS.
+        anchor: a name that every file in this format has, after any prefix.
+        rules: the first rule that matches a name applies. None for this project's own format.
+        stored: the entries of `DERIVED` that a file contains.
+        body_prefixes: for Swin V1 and V2, the prefix of all names except the classifier's, in files with a classifier.
     """
 
     name: str
@@ -87,52 +97,52 @@ class Layout:
     anchor: str
     rules: tuple[Rule, ...] | None
     stored: tuple[str, ...] = ()
-    body: tuple[str, str] = ("", "")
+    body_prefixes: tuple[str, str] = ("", "")
 
 
-def _same(*pairs: tuple[str, str], version: int = 0) -> tuple[Rule, ...]:
+def _renames(*pairs: tuple[str, str], version: int = 0) -> tuple[Rule, ...]:
     return tuple(Rule((ours,), (theirs,), version=version) for ours, theirs in pairs)
 
 
-def _concatenated(parts: Tensors) -> Tensors:
+def _join_qkv(parts: Tensors) -> Tensors:
     return [torch.cat(parts)]
 
 
-def _in_three(whole: Tensors) -> Tensors:
-    return list(whole[0].chunk(3))
+def _split_qkv(joined: Tensors) -> Tensors:
+    return list(joined[0].chunk(3))
 
 
-def _bias_in_three(whole: Tensors) -> Tensors:
-    """To biases of queries, keys and values; without that of the keys where it is zero, as it is in a fresh model."""
-    queries, keys, values = _in_three(whole)
+def _split_qkv_bias(joined: Tensors) -> Tensors:
+    """Biases of queries, keys and values. A key bias of zeros, as in a new model, is omitted."""
+    queries, keys, values = _split_qkv(joined)
     return [queries, keys if keys.any() else None, values]
 
 
-def _bias_of_three(parts: Tensors) -> Tensors:
+def _join_qkv_bias(parts: Tensors) -> Tensors:
     queries, keys, values = parts
     return [torch.cat([queries, torch.zeros_like(queries) if keys is None else keys, values])]
 
 
-def _square(flat: Tensors) -> Tensors:
-    """(N·N,) to (N, N)."""
+def _to_square(flat: Tensors) -> Tensors:
+    """(N * N,) to (N, N)."""
     side = math.isqrt(flat[0].numel())
     return [flat[0].reshape(side, side)]
 
 
-def _flat(square: Tensors) -> Tensors:
+def _flatten(square: Tensors) -> Tensors:
     return [square[0].flatten()]
 
 
-ORIGINAL = Layout("original", "original", "layers.0.blocks.0.norm1.weight", None, stored=DERIVED)
+ORIGINAL = WeightFormat("original", "original", "layers.0.blocks.0.norm1.weight", None, stored=DERIVED)
 
 _BLOCK = "layers.{i}.blocks.{j}."
 
-TIMM = Layout(
+TIMM = WeightFormat(
     "timm",
     "timm",
     "layers.0.blocks.0.norm1.weight",
-    _same(
-        # Patches are merged at the start of the next stage, and the classifier is wrapped.
+    _renames(
+        # timm merges patches at the start of the next stage, and wraps the classifier in a module.
         ("layers.{i}.downsample.{rest}", "layers.{i+1}.downsample.{rest}"),
         ("head.{rest}", "head.fc.{rest}"),
         (_BLOCK + "{rest}", _BLOCK + "{rest}"),
@@ -143,20 +153,20 @@ TIMM = Layout(
 
 _TV_BLOCK = "features.{2i+1}.{j}."
 
-TORCHVISION = Layout(
+TORCHVISION = WeightFormat(
     "torchvision",
     "torchvision",
     "features.1.0.norm1.weight",
     (
-        Rule((_BLOCK + "attn." + INDEX,), (_TV_BLOCK + "attn." + INDEX,), _square, _flat),
+        Rule((_BLOCK + "attn." + INDEX,), (_TV_BLOCK + "attn." + INDEX,), _to_square, _flatten),
         Rule(
             (_BLOCK + "attn.q_bias", _BLOCK + "attn.k_bias?", _BLOCK + "attn.v_bias"),
             (_TV_BLOCK + "attn.qkv.bias",),
-            _bias_in_three,
-            _bias_of_three,
+            _split_qkv_bias,
+            _join_qkv_bias,
             version=2,
         ),
-        *_same(
+        *_renames(
             (_BLOCK + "mlp.fc1.{rest}", _TV_BLOCK + "mlp.0.{rest}"),
             (_BLOCK + "mlp.fc2.{rest}", _TV_BLOCK + "mlp.3.{rest}"),
             (_BLOCK + "attn.{rest}", _TV_BLOCK + "attn.{rest}"),
@@ -176,25 +186,25 @@ _HF_BLOCK = "encoder.layers.{i}.blocks.{j}."
 _HF_SELF = _HF_BLOCK + "attention.self."
 
 
-def _hf_joined(kind: str, version: int = 0) -> Rule:
+def _hf_qkv(kind: str, version: int = 0) -> Rule:
     theirs = tuple(f"{_HF_SELF}{part}.{kind}" for part in ("query", "key", "value"))
-    return Rule((f"{_BLOCK}attn.qkv.{kind}",), theirs, _concatenated, _in_three, version)
+    return Rule((f"{_BLOCK}attn.qkv.{kind}",), theirs, _join_qkv, _split_qkv, version)
 
 
-# Files of transformers: the names of its models up to release 4; release 5 still writes them.
-HF = Layout(
+# Files of transformers have the names of its models up to release 4; release 5 still writes these names.
+HF = WeightFormat(
     "hf",
     "hf",
     "encoder.layers.0.blocks.0.layernorm_before.weight",
     (
-        _hf_joined("weight"),
-        _hf_joined("bias", version=1),
-        *_same(
+        _hf_qkv("weight"),
+        _hf_qkv("bias", version=1),
+        *_renames(
             (_BLOCK + "attn.q_bias", _HF_SELF + "query.bias"),
             (_BLOCK + "attn.v_bias", _HF_SELF + "value.bias"),
             version=2,
         ),
-        *_same(
+        *_renames(
             (_BLOCK + "attn.proj.{rest}", _HF_BLOCK + "attention.output.dense.{rest}"),
             (_BLOCK + "attn.cpb_mlp.{rest}", _HF_SELF + "continuous_position_bias_mlp.{rest}"),
             (_BLOCK + "attn.logit_scale", _HF_SELF + "logit_scale"),
@@ -213,10 +223,10 @@ HF = Layout(
             ("head.{rest}", "classifier.{rest}"),
         ),
     ),
-    body=("swin.", "swinv2."),
+    body_prefixes=("swin.", "swinv2."),
 )
 
-# How the modules of Swin V1 are called in release 5: `state_dict()` has these names, `save_pretrained` undoes them.
+# Module names of Swin V1 in release 5, as in `state_dict()`; `save_pretrained` writes the older names.
 _HF5 = {
     "attention.self.query": "attention.q_proj",
     "attention.self.key": "attention.k_proj",
@@ -233,15 +243,8 @@ def _hf5_name(pattern: str) -> str:
     return pattern if old is None else pattern.replace(old, _HF5[old])
 
 
-HF5 = Layout(
-    "hf5",
-    "hf",
-    HF.anchor,
-    tuple(
-        Rule(rule.ours, tuple(map(_hf5_name, rule.theirs)), rule.to_ours, rule.to_theirs, rule.version)
-        for rule in HF.rules
-    ),
-    body=HF.body,
+HF5 = replace(
+    HF, name="hf5", rules=tuple(replace(rule, theirs=tuple(map(_hf5_name, rule.theirs))) for rule in HF.rules or ())
 )
 
-LAYOUTS = {layout.name: layout for layout in (ORIGINAL, TIMM, TORCHVISION, HF, HF5)}
+FORMATS = {weight_format.name: weight_format for weight_format in (ORIGINAL, TIMM, TORCHVISION, HF, HF5)}

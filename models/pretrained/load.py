@@ -1,7 +1,6 @@
-"""Putting given weights into a model: their layout is recognised, what fits is loaded, other sizes are resized by rule,
-the rest is refused.
+"""Loads given weights into a model: detects their format, resizes position tables, and refuses what does not fit.
 
-Works on state dicts in memory; files are read elsewhere. Shapes: `nH` heads, `C` channels.
+Works on state dicts in memory; `utils.checkpoint.io` reads the files. Shapes: `nH` heads, `C` channels.
 """
 
 import math
@@ -14,38 +13,36 @@ from torch import Tensor, nn
 
 from models.layers import resize_grid
 from models.pretrained.convert import (
-    COORDINATES,
-    DERIVED,
     MIN_MATCHED_FRACTION,
-    ORIGINAL,
     detect_format,
+    format_and_prefix,
     from_original,
     matched_fraction,
-    strip_prefix,
     to_original,
 )
+from models.pretrained.key_maps import COORDINATES, DERIVED, ORIGINAL
 from utils.errors import UserError
 
 BIAS_TABLE = "relative_position_bias_table"
 POSITIONS = "absolute_pos_embed"
-FLOAT = torch.empty(0)  # what a classifier is, whether or not the model has one
+_FLOAT = torch.empty(0)  # compared with the classifier's dtype if the model has no classifier
 
 
 @dataclass
 class LoadReport:
-    """What became of every tensor, by its name in the model; in brackets behind it, what was done and why.
+    """What became of every tensor: lists of its name in the model and, in brackets, what was done and why.
 
-    `layout` says whose the weights are: original (and this project's own), timm, torchvision, hf, or unknown.
+    `format` is the origin of the weights: original (also this project's own), timm, torchvision, hf, or unknown.
     """
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     initialised: list[str] = field(default_factory=list)
-    layout: str = "unknown"
+    format: str = "unknown"
 
     def table(self) -> str:
-        """One line for each group and, but for those that were simply loaded, one for each tensor. For the log."""
+        """For the log: one line per group, and one per tensor that was not simply loaded."""
         lines = []
         for name in ("loaded", "resized", "dropped", "initialised"):
             entries = getattr(self, name)
@@ -62,119 +59,179 @@ def load_weights(
     source: str = "these weights",
     trained_on: Sequence[str] | None = None,
 ) -> LoadReport:
-    """Loads `state_dict` into `model`, all of it or, where anything is unexpected, nothing.
+    """Loads `state_dict` into `model`. If anything is unexpected, nothing is loaded.
 
-    - Weights in another layout than the model's are translated; a prefix before their names is removed.
+    - Weights in another format than the model's are converted; a prefix of their names is removed.
     - Derived buffers are dropped, whatever their size.
-    - What stands beside the model in a larger program is dropped, if it is less than a twentieth of all.
+    - Tensors of a larger model around this one are dropped if they have less than a twentieth of all values.
     - Bias tables and absolute position embeddings made for another window or image size are resized bicubically.
     - A classifier for the 21,841 classes of ImageNet-22K becomes one for ImageNet-1K, class by class.
-    - A classifier for other classes is not loaded: the model's starts from zeros.
+    - A classifier for other classes is not loaded: the model's classifier starts from zeros.
     - A classifier that the model lacks is dropped; one that the weights lack stays as it was initialised.
 
     Args:
         model: changed in place.
-        state_dict: name to tensor, in any layout of `models.pretrained.convert`; left as it is.
-        class_names: the model's classes in the order of its outputs. ImageNet synsets ("n01440764", …) let the
-            classifier of ImageNet-22K be used; without names, 1,000 outputs are taken for those of ImageNet-1K.
-        source: what messages call the weights.
-        trained_on: the classes that the weights were made for, where they say so. As many classes that are others make
-            the classifier start from zeros too.
+        state_dict: name to tensor, in any format of `models.pretrained.key_maps`; not modified.
+        class_names: the model's classes in the order of its outputs. ImageNet synsets ("n01440764", …) allow the
+            classifier of ImageNet-22K to be used; without names, 1,000 outputs are taken as those of ImageNet-1K.
+        source: the name of the weights in messages.
+        trained_on: the classes that the weights were trained on, if known. If they differ from `class_names`, the
+            classifier starts from zeros even if their number is the same.
 
     Returns:
-        What was loaded, resized, dropped and initialised.
+        Which tensors were loaded, resized, dropped and initialised.
 
     Raises:
         UserError: tensors that are missing, unknown, or of a shape that no rule above covers; names them.
     """
-    own, head = model.state_dict(), _head_of(model)
-    report = LoadReport()
-    given, beside = _in_the_layout_of(own, state_dict, report, source)
-    new: dict[str, Tensor] = {}
-    wrong: list[str] = []
-    for name, value in given.items():
-        if name not in own and name.rpartition(".")[2] in DERIVED:
-            report.dropped.append(f"{name} ({_why_derived(name, value, model)})")
-        elif name not in own and name in beside:
-            report.dropped.append(f"{name} (beside the model)")
-        elif name not in own and name not in head:
-            wrong.append(f"{name} is not in the model")
-        elif not isinstance(value, Tensor) or value.is_floating_point() != own.get(name, FLOAT).is_floating_point():
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            wrong.append(f"{name} is {kind}, not a tensor of {own.get(name, FLOAT).dtype} or the like")
-        elif name not in head:  # placed below, weight and bias together
-            wrong.extend(_place(name, value, own[name], new, report))
-    wrong.extend(f"{name} is missing" for name in own if name not in given and name not in head)
-    share = matched_fraction(given, {*new, *head})
-    if share < MIN_MATCHED_FRACTION:
-        wrong.extend(f"{name} is not in the model" for name in given if name in beside and name not in own)
-    if not wrong:
-        other = bool(trained_on and class_names and list(trained_on) != list(class_names))
-        wrong.extend(_place_head(head, own, given, class_names, new, report, other))
-    if wrong:
-        raise UserError(_refusal(source, report.layout, share, wrong))
-    model.load_state_dict(new, strict=True)
+    own, report = model.state_dict(), LoadReport()
+    weights, outside = _convert_to_format_of(own, state_dict, report, source)
+    loading = _Loading(own, weights, _head_names(model), report)
+    loading.add_all(outside, dict(model.named_buffers()))
+    fraction = matched_fraction(weights, {*loading.new, *loading.head})
+    if fraction < MIN_MATCHED_FRACTION:
+        loading.problems.extend(f"{n} is not in the model" for n in weights if n in outside and n not in own)
+    if not loading.problems:
+        other_classes = bool(trained_on and class_names and list(trained_on) != list(class_names))
+        loading.add_head(class_names, other_classes)
+    if loading.problems:
+        raise UserError(_refusal(source, report.format, fraction, loading.problems))
+    model.load_state_dict(loading.new, strict=True)
     return report
 
 
-def _head_of(model: nn.Module) -> tuple[str, str]:
-    """Names of the classifier's weight and bias; timm's models say theirs."""
+def _head_names(model: nn.Module) -> tuple[str, str]:
+    """Names of the classifier's weight and bias; models of timm have them in their configuration."""
     name = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
     return f"{name}.weight", f"{name}.bias"
 
 
-def _in_the_layout_of(
+def _convert_to_format_of(
     own: dict[str, Tensor], state_dict: dict[str, Tensor], report: LoadReport, source: str
 ) -> tuple[dict[str, Tensor], frozenset[str]]:
-    """The weights by the names that `own` has for them, and the names that may not belong to them; notes the layout."""
+    """Converts `state_dict` to the format of `own`, and records its format.
+
+    Returns:
+        The converted weights, and the names among them that may belong to a larger model around this one.
+    """
     try:
-        found = strip_prefix(state_dict)
-        wanted, _ = detect_format(own)
-        given = found.weights
-        if found.layout is not None:
-            report.layout = found.layout.origin
-            if wanted is not None and wanted is not found.layout:
-                given = to_original(found)
-                given = given if wanted is ORIGINAL else from_original(given, wanted)
+        detected = detect_format(state_dict)
+        target, _ = format_and_prefix(own)
+        weights = detected.weights
+        if detected.format is not None:
+            report.format = detected.format.origin
+            if target is not None and target is not detected.format:
+                weights = to_original(detected)
+                weights = weights if target is ORIGINAL else from_original(weights, target)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    return given, found.outside
+    return weights, detected.outside
 
 
-def _place(name: str, value: Tensor, own: Tensor, new: dict[str, Tensor], report: LoadReport) -> list[str]:
-    """Adds to `new` and `report` what becomes of one tensor. Returns what is wrong with it, if anything."""
-    if value.shape == own.shape:
-        new[name] = value
-        report.loaded.append(name)
-        return []
-    resized = _resize(name, value, own)
-    if resized is None:
-        return [f"{name} has shape {_shape(value)}, the model has {_shape(own)}"]
-    new[name] = resized
-    report.resized.append(f"{name} ({_shape(value)} -> {_shape(resized)}, bicubic)")
-    return []
+@dataclass
+class _Loading:
+    """Tensors on their way into a model: those to load are collected in `new`, reasons to refuse in `problems`.
+
+    Attributes:
+        own: the model's state dict.
+        weights: the given weights, in the model's format.
+        head: names of the classifier's weight and bias.
+    """
+
+    own: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    head: tuple[str, str]
+    report: LoadReport
+    new: dict[str, Tensor] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def add_all(self, outside: frozenset[str], buffers: dict[str, Tensor]) -> None:
+        """Adds all tensors except the classifier's. `buffers`: the model's, including the non-persistent ones."""
+        for name, value in self.weights.items():
+            reference = self.own.get(name, _FLOAT)
+            if name not in self.own and name.rpartition(".")[2] in DERIVED:
+                self.report.dropped.append(f"{name} ({_why_dropped(name, value, buffers.get(name))})")
+            elif name not in self.own and name in outside:
+                self.report.dropped.append(f"{name} (outside the model)")
+            elif name not in self.own and name not in self.head:
+                self.problems.append(f"{name} is not in the model")
+            elif not isinstance(value, Tensor) or value.is_floating_point() != reference.is_floating_point():
+                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                self.problems.append(f"{name} is {kind}, not a tensor of {reference.dtype} or the like")
+            elif name not in self.head:
+                self._add(name, value, reference)
+        missing = (name for name in self.own if name not in self.weights and name not in self.head)
+        self.problems.extend(f"{name} is missing" for name in missing)
+
+    def _add(self, name: str, value: Tensor, own: Tensor) -> None:
+        if value.shape == own.shape:
+            self.new[name] = value
+            self.report.loaded.append(name)
+        elif (resized := _resize(name, value, own)) is not None:
+            self.new[name] = resized
+            self.report.resized.append(f"{name} ({_shape(value)} -> {_shape(resized)}, bicubic)")
+        else:
+            self.problems.append(f"{name} has shape {_shape(value)}, the model has {_shape(own)}")
+
+    def add_head(self, class_names: Sequence[str] | None, other_classes: bool) -> None:
+        """Adds the classifier. `other_classes`: the weights are known to be for other classes than the model's."""
+        present = [name for name in self.head if name in self.weights]
+        if self.head[0] not in self.own:
+            self.report.dropped.extend(f"{name} (the model has no classifier)" for name in present)
+            return
+        if not present:
+            self.new.update({name: self.own[name] for name in self.head})
+            reason = "not among the weights, left as it was initialised"
+            self.report.initialised.extend(f"{name} ({reason})" for name in self.head)
+            return
+        if len(present) == 1:
+            self.problems.append(f"{present[0]} comes without the other of {' and '.join(self.head)}")
+            return
+        weight, bias = (self.weights[name] for name in self.head)
+        own = self.own[self.head[0]]
+        if weight.shape[1:] != own.shape[1:] or bias.shape != weight.shape[:1]:
+            shapes = f"{self.head[0]} {_shape(weight)} and {self.head[1]} {_shape(bias)}"
+            self.problems.append(f"{shapes} do not fit {_shape(own)}")
+        elif weight.shape[0] == own.shape[0] and not other_classes:
+            self.new.update({name: self.weights[name] for name in self.head})
+            self.report.loaded.extend(self.head)
+        else:
+            rows = None
+            if weight.shape[0] == 21841 and own.shape[0] == 1000:  # by synset, even if `other_classes`
+                rows = imagenet_22k_rows(class_names or ImageNetInfo("imagenet-1k").label_names())
+            self._add_converted_head(rows)
+
+    def _add_converted_head(self, rows: list[int] | None) -> None:
+        """Adds these rows of the given classifier or, if None, a classifier of zeros."""
+        for name in self.head:
+            change = f"{_shape(self.weights[name])} -> {_shape(self.own[name])}"
+            if rows is None:
+                self.new[name] = torch.zeros_like(self.own[name])
+                self.report.initialised.append(f"{name} ({change}, other classes: starts from zeros)")
+            else:
+                self.new[name] = self.weights[name][rows]
+                self.report.resized.append(f"{name} ({change}, the rows of ImageNet-1K's classes in ImageNet-22K)")
 
 
-def _why_derived(name: str, value: object, model: nn.Module) -> str:
-    """Why a tensor that no model learns is dropped; and that windows differ, where nothing else tells."""
-    here = dict(model.named_buffers()).get(name)
+def _why_dropped(name: str, value: object, own: Tensor | None) -> str:
+    """The reason for dropping a derived entry. Reports a different window, which no other tensor of V2 shows."""
     if name.endswith(".k_bias"):
         return "cosine attention has no key bias: it had no effect"
-    if name.endswith(COORDINATES) and here is not None and isinstance(value, Tensor) and value.numel() != here.numel():
-        there, ours = ((math.isqrt(table.numel() // 2) + 1) // 2 for table in (value, here))
+    if name.endswith(COORDINATES) and own is not None and isinstance(value, Tensor) and value.numel() != own.numel():
+        given_window, own_window = ((math.isqrt(table.numel() // 2) + 1) // 2 for table in (value, own))
         return (
-            f"windows of {there} there, {ours} here: the continuous bias needs no resizing, "
-            "MODEL.SWINV2.PRETRAINED_WINDOW_SIZES says in which units it is read"
+            f"made for windows of {given_window}, the model has {own_window}: the continuous bias needs no resizing; "
+            "MODEL.SWINV2.PRETRAINED_WINDOW_SIZES sets the window that its coordinates are scaled by"
         )
     return "derived from the configuration"
 
 
 def imagenet_22k_rows(class_names: Sequence[str]) -> list[int] | None:
-    """The rows of a released 21,841-class head that mean `class_names`; None if those are not ImageNet-1K's synsets.
+    """The rows of a released 21,841-class head for `class_names`; None if these are not ImageNet-1K's synsets.
 
-    The released heads follow timm's sorted list of ImageNet-22K's synsets, ranks counted from 0, but for three things:
-    rows are one later from rank 9,211 on, two later from rank 15,730 on, and n04399382, which timm's list lacks, is
-    row 5,564.
+    The released heads follow timm's sorted list of ImageNet-22K's synsets, ranks counted from 0, with three
+    exceptions: rows are one later from rank 9,211 on, two later from rank 15,730 on, and n04399382, which timm's list
+    lacks, is row 5,564.
     """
     if sorted(class_names) != sorted(ImageNetInfo("imagenet-1k").label_names()):
         return None
@@ -185,74 +242,32 @@ def imagenet_22k_rows(class_names: Sequence[str]) -> list[int] | None:
 
 
 def _resize(name: str, value: Tensor, own: Tensor) -> Tensor | None:
-    """`value` resampled to the shape of `own`, or None where no rule says how. Both lie on square grids."""
+    """`value` resized to the shape of `own`, both on square grids; None if no rule applies."""
     kind = name.rpartition(".")[2]
-    if kind == BIAS_TABLE and value.ndim == 2 and value.shape[1] == own.shape[1]:  # (places, nH)
+    if kind == BIAS_TABLE and value.ndim == 2 and value.shape[1] == own.shape[1]:  # (old * old, nH)
         old, new = math.isqrt(value.shape[0]), math.isqrt(own.shape[0])
-    elif kind == POSITIONS and value.ndim == 3 and value.shape[::2] == own.shape[::2]:  # (1, places, C)
+    elif kind == POSITIONS and value.ndim == 3 and value.shape[::2] == own.shape[::2]:  # (1, old * old, C)
         old, new = math.isqrt(value.shape[1]), math.isqrt(own.shape[1])
     else:
         return None
-    places = value.reshape(-1, value.shape[-1])
-    if places.shape[0] != old**2:
+    grid = value.reshape(-1, value.shape[-1])
+    if grid.shape[0] != old**2:
         return None
-    return resize_grid(places.float(), (old, old), (new, new)).reshape(own.shape)
-
-
-def _place_head(
-    head: tuple[str, str],
-    own: dict[str, Tensor],
-    given: dict[str, Tensor],
-    class_names: Sequence[str] | None,
-    new: dict[str, Tensor],
-    report: LoadReport,
-    other_classes: bool,
-) -> list[str]:
-    """Adds to `new` and `report` what becomes of the classifier. Returns what is wrong with it, if anything."""
-    present = [name for name in head if name in given]
-    if head[0] not in own:
-        report.dropped.extend(f"{name} (the model has no classifier)" for name in present)
-        return []
-    if not present:
-        new.update({name: own[name] for name in head})
-        report.initialised.extend(f"{name} (not among the weights, left as it was initialised)" for name in head)
-        return []
-    if len(present) == 1:
-        return [f"{present[0]} comes without the other of {' and '.join(head)}"]
-    weight, bias = (given[name] for name in head)
-    classes = own[head[0]].shape[0]
-    if weight.shape[1:] != own[head[0]].shape[1:] or bias.shape != weight.shape[:1]:
-        return [f"{head[0]} {_shape(weight)} and {head[1]} {_shape(bias)} do not fit {_shape(own[head[0]])}"]
-    if weight.shape[0] == classes and not other_classes:
-        new.update({name: given[name] for name in head})
-        report.loaded.extend(head)
-        return []
-    rows = None
-    if weight.shape[0] == 21841 and classes == 1000:  # also when the weights name their classes: by synset
-        rows = imagenet_22k_rows(class_names or ImageNetInfo("imagenet-1k").label_names())
-    for name in head:
-        change = f"{_shape(given[name])} -> {_shape(own[name])}"
-        if rows is None:
-            new[name] = torch.zeros_like(own[name])
-            report.initialised.append(f"{name} ({change}, other classes: starts from zeros)")
-        else:
-            new[name] = given[name][rows]
-            report.resized.append(f"{name} ({change}, the rows of ImageNet-1K's classes in ImageNet-22K)")
-    return []
+    return resize_grid(grid.float(), (old, old), (new, new)).reshape(own.shape)
 
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
 
 
-def _refusal(source: str, layout: str, share: float, wrong: list[str]) -> str:
-    shown = [f"  {line}" for line in wrong[:20]]
-    if len(wrong) > len(shown):
-        shown.append(f"  … and {len(wrong) - len(shown)} more")
+def _refusal(source: str, weight_format: str, fraction: float, problems: list[str]) -> str:
+    shown = [f"  {line}" for line in problems[:20]]
+    if len(problems) > len(shown):
+        shown.append(f"  … and {len(problems) - len(shown)} more")
     return "\n".join(
         [
-            f"{source} (layout: {layout}): do not fit the model; nothing was loaded. {share:.1%} of the parameters "
-            "have a place in it. The first differences:",
+            f"{source} (format: {weight_format}): do not fit the model; nothing was loaded. {fraction:.1%} of the "
+            "parameters have a place in it. The first differences:",
             *shown,
             "Set MODEL.TYPE and the keys of the architecture (MODEL.SWIN.* or MODEL.SWINV2.*: EMBED_DIM, DEPTHS, "
             "NUM_HEADS, APE, …) to the model that the weights were made for, or give other weights to --pretrained or "

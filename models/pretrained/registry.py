@@ -1,24 +1,22 @@
-"""The released weights of Swin, Swin V2 and Swin-MLP: where they are, what they are, what was published about them.
+"""The released weights of Swin, Swin V2 and Swin-MLP: names, URLs, published accuracy, counts.
 
-Facts alone. `python -m tools.models` shows them; every name stands wherever a weight file can. What is not certain is
-left out: for most files no published SHA-256 is known, and what timm and Hugging Face host are conversions of the
-authors' files, of which Hugging Face does not always say which.
+`python -m tools.models` lists them; a name works wherever a weight file does. Uncertain facts are left out: most files
+have no published SHA-256, and the files hosted by timm and Hugging Face are conversions of the authors' files, where
+Hugging Face does not always say of which file.
 """
 
-from dataclasses import dataclass
-
-ORIGINS = ("original", "timm", "torchvision", "hf")
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Release:
-    """One file of weights.
+    """One released weight file.
 
     Attributes:
-        origin: whose layout it has, one of ORIGINS.
-        recipe: `configs/<recipe>.yaml` builds the model, but for the number of classes.
-        top1, top5: published accuracy on ImageNet-1K, %; None where the head is for other classes or none is published.
-        sha256: the first digits, as many as are known; "" for unknown.
+        origin: its weight format, one of utils.origins.ORIGINS.
+        recipe: `configs/<recipe>.yaml` builds the model, except for the number of classes.
+        top1, top5: published accuracy on ImageNet-1K in %; None if the classes are others or none is published.
+        sha256: its first digits, as many as are known; "" if unknown.
     """
 
     name: str
@@ -32,16 +30,18 @@ class Release:
 
     @property
     def file(self) -> str:
-        """The name of the downloaded file: torch's own where that is unmistakable."""
-        ending = self.url.rsplit("/", 1)[-1]
-        return ending if self.origin in ("original", "torchvision") else f"{self.name.replace('/', '--')}--{ending}"
+        """The name of the downloaded file; the URL's own name if that is unique."""
+        url_name = self.url.rsplit("/", 1)[-1]
+        if self.origin in ("original", "torchvision"):
+            return url_name
+        return f"{self.name.replace('/', '--')}--{url_name}"
 
 
 _STORAGE = "https://github.com/SwinTransformer/storage/releases/download"
 _HUB = "https://huggingface.co"
 
-# Name, which is also the file's; release of the storage; recipe; top-1, top-5 (the authors' model hub). Names that end
-# in 22k are of models with the 21,841 classes of ImageNet-22K.
+# Name (also of the file), tag of the GitHub release, recipe, top-1, top-5 (from the authors' model hub). Models whose
+# name ends in 22k have the 21,841 classes of ImageNet-22K.
 _ORIGINAL = (
     ("swin_tiny_patch4_window7_224", "v1.0.0", "swin_tiny", 81.2, 95.5),
     ("swin_small_patch4_window7_224", "v1.0.0", "swin_small", 83.2, 96.2),
@@ -78,7 +78,7 @@ _ORIGINAL = (
     ("swin_mlp_base_patch4_window7_224", "v1.0.5", "swin_mlp_base", 81.3, 95.3),
 )
 
-# Name there, and the authors' file that it was converted from (timm's own configurations say so).
+# Name in timm, and the authors' file that it was converted from, according to timm's configurations.
 _TIMM = (
     ("swin_tiny_patch4_window7_224.ms_in1k", "swin_tiny_patch4_window7_224"),
     ("swin_tiny_patch4_window7_224.ms_in22k", "swin_tiny_patch4_window7_224_22k"),
@@ -110,7 +110,7 @@ _TIMM = (
     ("swinv2_large_window12to24_192to384.ms_in22k_ft_in1k", "swinv2_large_patch4_window12to24_192to384_22kto1k_ft"),
 )
 
-# Name, recipe, top-1, top-5 measured by torchvision; behind the dash of its file names stands the start of the SHA-256.
+# Name, recipe, top-1, top-5 measured by torchvision. The part after the dash is the start of the SHA-256.
 _TORCHVISION = (
     ("swin_t-704ceda3", "swin_tiny", 81.474, 95.776),
     ("swin_s-5e29d889", "swin_small", 83.196, 96.360),
@@ -120,7 +120,7 @@ _TORCHVISION = (
     ("swin_v2_b-781e5279", "swinv2_base_w8", 84.112, 96.864),
 )
 
-# Name there, and the authors' file of the same architecture; the same weights where that is the only such file.
+# Name on Hugging Face, and an authors' file of the same architecture; if it is the only one, the weights are the same.
 _HUGGING_FACE = (
     ("swin-tiny-patch4-window7-224", "swin_tiny_patch4_window7_224"),
     ("swin-small-patch4-window7-224", "swin_small_patch4_window7_224"),
@@ -145,11 +145,10 @@ _HUGGING_FACE = (
     ("swinv2-large-patch4-window12to16-192to256-22kto1k-ft", "swinv2_large_patch4_window12to16_192to256_22kto1k_ft"),
     ("swinv2-large-patch4-window12to24-192to384-22kto1k-ft", "swinv2_large_patch4_window12to24_192to384_22kto1k_ft"),
 )
-# There are two files of the authors with this architecture, so whose accuracy these have is not certain.
+# The authors have two files of each of these architectures, so the accuracy is uncertain.
 _UNCERTAIN = ("swin-tiny-", "swin-small-", "swin-base-patch4-window7-224", "swin-base-patch4-window12-384")
 
-# Parameters and multiply-adds for one image of the model that a recipe builds with so many classes; counted, and a test
-# counts again.
+# (recipe, number of classes) to parameters and multiply-adds per image, as counted; a test counts them again.
 COUNTED = {
     ("swin_tiny", 1000): (28_288_354, 4_490_566_656),
     ("swin_tiny_22k", 21841): (44_315_083, 4_506_572_544),
@@ -194,18 +193,18 @@ def _releases() -> tuple[Release, ...]:
         originals[name] = Release(name, "original", recipe, classes, url, top1, top5)
     releases = list(originals.values())
     for name, source in _TIMM:
-        same = originals[source]
+        original = originals[source]
         url = f"{_HUB}/timm/{name}/resolve/main/model.safetensors"
-        releases.append(Release(f"timm/{name}", "timm", same.recipe, same.classes, url, same.top1, same.top5))
+        releases.append(replace(original, name=f"timm/{name}", origin="timm", url=url))
     for file, recipe, top1, top5 in _TORCHVISION:
         name, _, sha256 = file.partition("-")
         url = f"https://download.pytorch.org/models/{file}.pth"
         releases.append(Release(f"torchvision/{name}", "torchvision", recipe, 1000, url, top1, top5, sha256))
     for name, source in _HUGGING_FACE:
-        same = originals[source]
-        top1, top5 = (None, None) if name.startswith(_UNCERTAIN) else (same.top1, same.top5)
+        original = originals[source]
+        top1, top5 = (None, None) if name.startswith(_UNCERTAIN) else (original.top1, original.top5)
         url = f"{_HUB}/microsoft/{name}/resolve/main/pytorch_model.bin"
-        releases.append(Release(f"microsoft/{name}", "hf", same.recipe, same.classes, url, top1, top5))
+        releases.append(replace(original, name=f"microsoft/{name}", origin="hf", url=url, top1=top1, top5=top5))
     return tuple(releases)
 
 
@@ -213,5 +212,5 @@ RELEASES = _releases()
 
 
 def find(name: str) -> Release | None:
-    """The release of that name or URL, or None."""
+    """The release with this name or URL, or None."""
     return next((release for release in RELEASES if name in (release.name, release.url)), None)

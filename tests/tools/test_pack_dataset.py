@@ -1,4 +1,4 @@
-"""tools/pack_dataset.py: it goes on where it stopped, and says what is wrong and what to do."""
+"""tools/pack_dataset.py: packing continues after an interruption, and errors name the cause and the way out."""
 
 import errno
 import fcntl
@@ -52,11 +52,11 @@ def digests(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.pack")}
 
 
-def test_packing_goes_on_where_it_stopped(source, tmp_path, monkeypatch, caplog):
+def test_pack_continues_after_an_interruption(source, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    assert run(tmp_path / "whole", source) == 0
-    whole = digests(tmp_path / "whole" / "train")
-    assert len(whole) > 3
+    assert run(tmp_path / "uninterrupted", source) == 0
+    expected = digests(tmp_path / "uninterrupted" / "train")
+    assert len(expected) > 3
 
     class Fails(ImageEncoder):
         def __call__(self, i):
@@ -70,28 +70,28 @@ def test_packing_goes_on_where_it_stopped(source, tmp_path, monkeypatch, caplog)
         patch.setattr(pack_dataset, "CHUNK", 1)
         assert run(tmp_path / "parts", source) == 130
     done = digests(folder)
-    assert 0 < len(done) < len(whole) and not (folder / INDEX).exists()
+    assert 0 < len(done) < len(expected) and not (folder / INDEX).exists()
     assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
-    begun = {path: path.stat().st_mtime_ns for path in folder.glob("*.pack")}
+    mtimes = {path: path.stat().st_mtime_ns for path in folder.glob("*.pack")}
 
     assert run(tmp_path / "parts", source) == 0
     assert "of 40 images are packed already" in caplog.text
-    assert digests(folder) == whole
-    assert all(path.stat().st_mtime_ns == time for path, time in begun.items())  # what was there is not written again
-    assert sorted(path.name for path in folder.iterdir()) == [*sorted(whole), INDEX]
+    assert digests(folder) == expected
+    assert all(path.stat().st_mtime_ns == time for path, time in mtimes.items())  # finished shards are not rewritten
+    assert sorted(path.name for path in folder.iterdir()) == [*sorted(expected), INDEX]
     assert len(open_packed(tmp_path / "parts", "train")) == 40
-    assert run(tmp_path / "parts", source) == 0 and "complete already" in caplog.text
+    assert run(tmp_path / "parts", source) == 0 and "already complete" in caplog.text
     assert pack_dataset.main([str(tmp_path / "parts"), "--verify", "--workers", "1"]) == 0
 
 
-def test_what_was_begun_otherwise_is_refused(source, tmp_path, monkeypatch, capsys):
+def test_continuing_with_other_settings_is_refused(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pack_writer.ShardWriter, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(tmp_path, source) == 130
     assert run(tmp_path, source, "--size", "80") == 2
     assert "begun with another size: size 500, now 80" in capsys.readouterr().err
 
 
-def test_bad_images_stop_it_or_are_left_out(tmp_path, capsys, caplog):
+def test_bad_images_stop_the_packing_or_are_left_out(tmp_path, capsys, caplog):
     caplog.set_level(logging.INFO)
     root = write_splits(tmp_path / "data", {"ant": 4, "bee": 3}, {"ant": 1, "bee": 1})
     for name in ("ant/001.jpg", "bee/000.jpg"):
@@ -105,24 +105,24 @@ def test_bad_images_stop_it_or_are_left_out(tmp_path, capsys, caplog):
     assert [images.read(i)[1] for i in range(len(images))] == [0, 0, 0, 1, 1]
 
 
-def test_nothing_but_bad_images(tmp_path, capsys):
+def test_a_dataset_of_bad_images_is_refused(tmp_path, capsys):
     root = write_splits(tmp_path / "data", {"ant": 1}, {"ant": 1})
     (root / "train" / "ant" / "000.jpg").write_bytes(b"no image")
     assert run(tmp_path / "packed", root, "--max-bad-images", "5") == 2
     assert "not one of its images can be decoded" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_named(source, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported(source, tmp_path, monkeypatch, capsys):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(pack_writer, "write_atomically", full)
     assert run(tmp_path, source) == 2
-    said = capsys.readouterr().err
-    assert "No space left on device. What is finished is kept" in said and "same command again" in said
+    message = capsys.readouterr().err
+    assert "No space left on device. Finished files are kept" in message and "same command again" in message
 
 
-def test_two_cannot_pack_into_one_folder(source, tmp_path, capsys):
+def test_two_processes_cannot_pack_into_one_folder(source, tmp_path, capsys):
     (tmp_path / "train").mkdir()
     lock = os.open(tmp_path / "train", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -131,41 +131,43 @@ def test_two_cannot_pack_into_one_folder(source, tmp_path, capsys):
     os.close(lock)
 
 
-def test_a_killed_worker_is_named(source, tmp_path, monkeypatch, capsys):
+def test_a_killed_worker_is_reported(source, tmp_path, monkeypatch, capsys):
     class Dies(ImageEncoder):
         def __call__(self, i):
             os.kill(os.getpid(), 9)
 
     monkeypatch.setattr(pack_dataset, "ImageEncoder", Dies)
     assert run(tmp_path, source) == 2
-    assert "processes is gone" in capsys.readouterr().err
+    assert "packing processes died" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
-        (["--size", "64"], "--size 64: it must be 65 to 2048"),
-        (["--quality", "101"], "--quality 101"),
-        (["--workers", "0"], "--workers 0"),
+        (["--size", "64"], "--size: '64' is no number from 65 to 2048"),
+        (["--quality", "101"], "--quality: '101' is no number"),
+        (["--workers", "0"], "--workers: '0' is no number"),
         (["--dataset", "imagnet"], "Did you mean imagenet"),
         (["--sise", "100"], "--sise"),
-        (["--quality", "high"], "invalid int value"),
+        (["--quality", "high"], "'high' is no number from 50 to 100"),
     ],
 )
-def test_mistakes_on_the_command_line(source, tmp_path, capsys, words, said):
+def test_errors_on_the_command_line(source, tmp_path, capsys, words, expected):
     assert pack_dataset.main([str(tmp_path / "packed"), "--data-path", str(source), *words]) == 2
     error = capsys.readouterr().err
-    assert said in error and "Traceback" not in error
+    assert expected in error and "Traceback" not in error
 
 
-def test_mistakes_about_folders(source, tmp_path, capsys):
+def test_errors_in_the_folders(source, tmp_path, capsys):
     assert pack_dataset.main([str(tmp_path)]) == 2 and "--data-path DIR is missing" in capsys.readouterr().err
-    assert run(source, source) == 2 and "cannot lie where they are made from" in capsys.readouterr().err
+    assert (
+        run(source, source) == 2 and "cannot be written into the folder they are made from" in capsys.readouterr().err
+    )
     assert run(tmp_path, tmp_path / "nowhere") == 2 and "no folder" in capsys.readouterr().err
     assert pack_dataset.main([str(tmp_path), "--verify"]) == 2 and "index.npz is missing" in capsys.readouterr().err
 
 
-def test_small_images_are_stored_without_loss(tmp_path):
+def test_small_images_are_stored_losslessly(tmp_path):
     write_zip(tmp_path / "data", "train", ["ant/1.jpg", "bee/1.jpg"], [0, 1])  # 40 × 36 pixels
     write_zip(tmp_path / "data", "val", ["ant/1.jpg", "bee/1.jpg"], [0, 1])
     assert run(tmp_path / "packed", tmp_path / "data", "--zip") == 0
@@ -177,6 +179,6 @@ def test_small_images_are_stored_without_loss(tmp_path):
         assert np.array_equal(np.asarray(decode(jpeg, "")), np.asarray(decode(stored, "")))
 
 
-def test_nothing_is_enlarged_and_sides_keep_their_ratio():
+def test_downscale_never_enlarges_and_keeps_the_aspect_ratio():
     for size, expected in (((90, 70), (90, 70)), ((1000, 400), (500, 200)), ((3, 2000), (1, 500))):
         assert downscale(Image.new("RGB", size), 500).size == expected

@@ -10,6 +10,7 @@ from typing import NoReturn
 from yacs.config import CfgNode
 
 from utils.errors import UserError
+from utils.origins import ORIGINS
 
 IMAGENET_22K_CLASSES = 21841  # of the release that the published models were pre-trained on
 
@@ -26,7 +27,7 @@ CHOICES = {
     "TRAIN.BEST_METRIC": ("auto", "acc1", "acc5", "loss"),
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
-    "TEST.PRESET": ("auto", "original", "timm", "torchvision", "hf"),
+    "TEST.PRESET": ("auto", *ORIGINS),
     "AMP_DTYPE": ("auto", "bfloat16", "float16", "float32"),
 }
 

@@ -98,7 +98,7 @@ def original(tmp_path_factory):
 @pytest.fixture(scope="module")
 def packed(original, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed") / "at 160"
-    pack_dataset.pack(folder, str(original), "imagenet", False, 160, 90, 1, 0)
+    pack_dataset.pack(pack_dataset.PackOptions(folder, str(original), size=160))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Weights made by timm, torchvision and transformers: the same function here, and back again bit for bit."""
+"""Weights of timm, torchvision and transformers: the same outputs here, and the same bits when converted back."""
 
 import itertools
 
@@ -7,15 +7,8 @@ import torch
 from timm.models.swin_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from models.pretrained.convert import (
-    DERIVED,
-    LAYOUTS,
-    detect_format,
-    from_original,
-    strip_prefix,
-    to_original,
-    version_of,
-)
+from models.pretrained.convert import detect_format, format_and_prefix, from_original, swin_version, to_original
+from models.pretrained.key_maps import DERIVED, FORMATS
 from models.pretrained.load import load_weights
 from models.swin_mlp import SwinMLP
 from models.swin_transformer import SwinTransformer
@@ -29,36 +22,36 @@ def case_of(origin: str, version: int) -> Case:
 
 
 def original_form(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return to_original(strip_prefix(weights))
+    return to_original(detect_format(weights))
 
 
-def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        assert actual[name].dtype == value.dtype and torch.equal(actual[name], value), name
 
 
-def learnt(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def learned(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in weights.items() if name.rpartition(".")[2] not in DERIVED}
 
 
 def check(case: Case) -> None:
-    """DetectedFormat, the same logits to 1e-5, and there and back the same bits."""
+    """Checks the detected format, the logits to 1e-5, and that converting there and back gives the same bits."""
     theirs, ours = case.theirs(), case.ours()
     weights = dict(theirs.state_dict())
-    layout, _ = detect_format(weights)
-    assert layout.origin == case.origin and version_of(weights) == case.version
+    weight_format, _ = format_and_prefix(weights)
+    assert weight_format.origin == case.origin and swin_version(weights) == case.version
     report = load_weights(ours, weights)
-    assert report.layout == case.origin and not report.initialised and not report.resized
+    assert report.format == case.origin and not report.initialised and not report.resized
     images = case.images()
     torch.testing.assert_close(logits_of(ours, images), logits_of(theirs, images), atol=1e-5, rtol=0)
-    there = original_form(weights)
-    assert_same_bits(learnt(there), dict(ours.state_dict()))
-    assert_same_bits(from_original(there, layout), weights)
+    original = original_form(weights)
+    assert_same_bits(learned(original), dict(ours.state_dict()))
+    assert_same_bits(from_original(original, weight_format), weights)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=Case.name)
-def test_same_function_and_back(case: Case):
+def test_same_outputs_and_same_bits_when_converted_back(case: Case):
     check(case)
 
 
@@ -85,62 +78,62 @@ def test_every_released_size(case: Case):
     check(case)
 
 
-@pytest.mark.parametrize(("one", "other"), list(itertools.permutations(LAYOUTS, 2)))
+@pytest.mark.parametrize(("one", "other"), list(itertools.permutations(FORMATS, 2)))
 @pytest.mark.parametrize("version", [1, 2])
-def test_any_layout_through_any_other(one: str, other: str, version: int):
-    """From one layout to another and back: nothing is lost, whichever lies between."""
+def test_any_format_through_any_other(one: str, other: str, version: int):
+    """Converting to any other format and back loses nothing."""
     if version == 2 and "hf5" in (one, other):
-        pytest.skip("Swin V2 is spelt in one way in all releases of transformers")
+        pytest.skip("Swin V2 has the same names in all releases of transformers")
     original = dict(spread(case_of("timm", version).ours()).state_dict())
-    first = from_original(original, LAYOUTS[one], window=4)
-    between = from_original(original_form(first), LAYOUTS[other], window=4)
-    assert detect_format(between)[0] is LAYOUTS[other]
-    back = from_original(original_form(between), LAYOUTS[one], window=4)
-    # The original's files may have the buffers that torchvision's must have: those that came on the way stay.
-    assert_same_bits(learnt(back) if one == "original" else back, first)
+    first = from_original(original, FORMATS[one], window=4)
+    between = from_original(original_form(first), FORMATS[other], window=4)
+    assert format_and_prefix(between)[0] is FORMATS[other]
+    back = from_original(original_form(between), FORMATS[one], window=4)
+    # torchvision's files must have buffers that the original's may have: those computed on the way stay.
+    assert_same_bits(learned(back) if one == "original" else back, first)
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_their_models_take_what_is_converted(version: int):
-    """Strictly: torchvision's buffers are computed here, exactly as it computes them."""
+def test_their_models_load_converted_weights(version: int):
+    """With strict=True: torchvision's buffers are computed exactly as it computes them."""
     for origin, name in (("timm", "timm"), ("torchvision", "torchvision"), ("hf", "hf5" if version == 1 else "hf")):
         case = case_of(origin, version)
         ours, theirs = spread(case.ours()), case.theirs()
         buffers = {name: value for name, value in theirs.state_dict().items() if name.endswith(DERIVED)}
-        converted = from_original(ours.state_dict(), LAYOUTS[name], window=4)
+        converted = from_original(ours.state_dict(), FORMATS[name], window=4)
         assert_same_bits({key: converted[key] for key in buffers}, buffers)
         theirs.load_state_dict(converted, strict=True)
         images = case.images()
         torch.testing.assert_close(logits_of(theirs, images), logits_of(ours, images), atol=1e-5, rtol=0)
 
 
-def test_timm_reads_the_original_layout_as_we_do():
+def test_timm_reads_the_original_format_in_the_same_way():
     theirs = case_of("timm", 1).theirs()
     weights = dict(theirs.state_dict())
     assert_same_bits(checkpoint_filter_fn(original_form(weights), theirs), weights)
 
 
-def test_half_precision_stays():
+def test_half_precision_is_kept():
     weights = {name: value.bfloat16() for name, value in case_of("hf", 1).theirs().state_dict().items()}
-    assert_same_bits(from_original(original_form(weights), LAYOUTS["hf5"]), weights)
+    assert_same_bits(from_original(original_form(weights), FORMATS["hf5"]), weights)
 
 
 def test_files_of_transformers_before_release_5():
-    """Their names, the indices that they hold, and a backbone without classifier."""
+    """Their names, the indices that they contain, and a backbone without classifier."""
     case = case_of("hf", 1)
-    weights = from_original(case.ours().state_dict(), LAYOUTS["hf"])
+    weights = from_original(case.ours().state_dict(), FORMATS["hf"])
     index = torch.arange(256).reshape(16, 16)
     tables = [name for name in weights if name.endswith("relative_position_bias_table")]
     older = weights | {name.replace("bias_table", "index"): index for name in tables}
     assert "swin.encoder.layers.0.blocks.1.attention.self.relative_position_index" in older
-    there = original_form(older)
-    assert_same_bits(from_original(there, LAYOUTS["hf"], keep_derived=True), older)
-    assert_same_bits(from_original(there, LAYOUTS["hf"]), weights)
-    assert load_weights(case.ours(), older).layout == "hf"
+    original = original_form(older)
+    assert_same_bits(from_original(original, FORMATS["hf"], keep_derived=True), older)
+    assert_same_bits(from_original(original, FORMATS["hf"]), weights)
+    assert load_weights(case.ours(), older).format == "hf"
 
     headless = {name.removeprefix("swin."): value for name, value in weights.items() if "classifier" not in name}
     assert "layernorm.weight" in headless
-    assert_same_bits(from_original(original_form(headless), LAYOUTS["hf"]), headless)
+    assert_same_bits(from_original(original_form(headless), FORMATS["hf"]), headless)
     report = load_weights(case.ours(), headless)
     assert [entry.split()[0] for entry in report.initialised] == ["head.weight", "head.bias"]
 
@@ -149,9 +142,9 @@ def test_derived_buffers_of_the_original_and_of_older_timm():
     released = dict(case_of("timm", 1).ours().state_dict())
     released["layers.0.blocks.1.attn_mask"] = torch.zeros(16, 16, 16)
     released["layers.0.blocks.1.attn.relative_position_index"] = torch.zeros(16, 16, dtype=torch.long)
-    assert_same_bits(from_original(original_form(released), LAYOUTS["original"]), released)
-    assert not any(name.endswith(DERIVED) for name in from_original(released, LAYOUTS["timm"]))
-    older = from_original(released, LAYOUTS["timm"], keep_derived=True)
+    assert_same_bits(from_original(original_form(released), FORMATS["original"]), released)
+    assert not any(name.endswith(DERIVED) for name in from_original(released, FORMATS["timm"]))
+    older = from_original(released, FORMATS["timm"], keep_derived=True)
     assert_same_bits(original_form(older), released)
 
 
@@ -160,32 +153,32 @@ def test_key_bias_of_torchvision_has_no_effect_and_is_kept():
     theirs = spread(case.theirs())  # key biases that are not zero
     weights = dict(theirs.state_dict())
     assert weights["features.1.0.attn.qkv.bias"].chunk(3)[1].all()
-    there = original_form(weights)
-    assert_same_bits(from_original(there, LAYOUTS["torchvision"]), weights)
+    original = original_form(weights)
+    assert_same_bits(from_original(original, FORMATS["torchvision"]), weights)
     ours = case.ours()
     report = load_weights(ours, weights)
     assert sum("k_bias (cosine attention has no key bias" in entry for entry in report.dropped) == sum(case.depths)
     images = case.images()
     torch.testing.assert_close(logits_of(ours, images), logits_of(theirs, images), atol=1e-5, rtol=0)
     theirs = case_of("timm", 2).theirs()
-    theirs.load_state_dict(from_original(there, LAYOUTS["timm"]), strict=True)
+    theirs.load_state_dict(from_original(original, FORMATS["timm"]), strict=True)
 
 
-# Recognition ---------------------------------------------------------------------------------------------------------
+# Detection -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.", "encoder.", "module.model.", "_orig_mod."])
 @pytest.mark.parametrize("case", SMALL, ids=Case.name)
-def test_prefixes_are_found(case: Case, prefix: str):
+def test_prefixes_are_detected(case: Case, prefix: str):
     weights = dict(case.theirs().state_dict())
-    found = strip_prefix({prefix + name: value for name, value in weights.items()})
-    assert found.prefix == prefix and found.layout.origin == case.origin
+    detected = detect_format({prefix + name: value for name, value in weights.items()})
+    assert detected.prefix == prefix and detected.format.origin == case.origin
     expected = original_form(weights)
-    assert_same_bits(to_original(found), expected)
+    assert_same_bits(to_original(detected), expected)
 
 
 def test_classifier_outside_the_prefix():
-    """As a classifier on a backbone has it; `module.` may stand before both."""
+    """As in a classifier around a backbone; `module.` may precede both."""
     weights = dict(spread(small()).state_dict())
     for outer in ("", "module."):
         named = {outer + ("" if name.startswith("head") else "backbone.") + name: v for name, v in weights.items()}
@@ -194,11 +187,11 @@ def test_classifier_outside_the_prefix():
         assert_same_bits(dict(model.state_dict()), weights)
 
 
-def test_a_few_weights_beside_the_model_are_dropped_and_many_refused():
+def test_few_weights_outside_the_model_are_dropped_and_many_refused():
     weights = {f"encoder.{name}": value for name, value in spread(small()).state_dict().items()}
     size = sum(value.numel() for value in weights.values())
     report = load_weights(small(), {**weights, "decoder.0.bias": torch.zeros(size // 20)})
-    assert report.dropped == ["decoder.0.bias (beside the model)"]
+    assert report.dropped == ["decoder.0.bias (outside the model)"]
     with pytest.raises(UserError, match=r"9\d\.\d% of the parameters have(.|\n)*decoder.0.bias is not in the model"):
         load_weights(small(), {**weights, "decoder.0.bias": torch.zeros(size // 15)})
 
@@ -209,79 +202,79 @@ def test_several_models_in_one_file_are_refused():
     with pytest.raises(UserError, match="run.pth: there are several models, under 'student.' and 'teacher.'"):
         load_weights(small(), both, source="run.pth")
     twice = {**{f"model.{name}": value for name, value in weights.items()}, "norm.bias": weights["norm.bias"]}
-    with pytest.raises(UserError, match="twice, with and without the prefix 'model.'"):
+    with pytest.raises(UserError, match="occur twice, with and without the prefix 'model.'"):
         load_weights(small(), twice)
 
 
-def test_timm_without_classifier_is_told_from_the_original():
+def test_timm_without_classifier_differs_from_the_original():
     original = small(num_classes=0).state_dict()
-    assert detect_format(original)[0].name == "original"
-    assert detect_format(from_original(original, LAYOUTS["timm"]))[0].name == "timm"
-    assert detect_format({"stem.conv.weight": 0, "layers.0.weight": 1}) == (None, "")
+    assert format_and_prefix(original)[0].name == "original"
+    assert format_and_prefix(from_original(original, FORMATS["timm"]))[0].name == "timm"
+    assert format_and_prefix({"stem.conv.weight": 0, "layers.0.weight": 1}) == (None, "")
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_incomplete_is_refused_by_name():
+def test_incomplete_weights_are_refused_by_name():
     weights = dict(case_of("hf", 1).theirs().state_dict())
-    lost = "swin.encoder.layers.1.blocks.0.attention.k_proj.weight"
-    del weights[lost]
+    missing = "swin.encoder.layers.1.blocks.0.attention.k_proj.weight"
+    del weights[missing]
     with pytest.raises(UserError) as error:
         load_weights(case_of("hf", 1).ours(), weights, source="model.safetensors")
-    for words in (
-        "model.safetensors (layout: hf): do not fit the model",
+    for text in (
+        "model.safetensors (format: hf): do not fit the model",
         "encoder.layers.1.blocks.0.attention.q_proj.weight is not in the model",
         "layers.1.blocks.0.attn.qkv.weight is missing",
         "% of the parameters",
     ):
-        assert words in str(error.value)
-    weights[lost] = torch.zeros(3, 3)  # does not go with queries and values
+        assert text in str(error.value)
+    weights[missing] = torch.zeros(3, 3)  # does not match queries and values
     with pytest.raises(UserError, match=r"layers.1.blocks.0.attn.qkv.weight is missing"):
         load_weights(case_of("hf", 1).ours(), weights)
     case = case_of("torchvision", 1)
-    with pytest.raises(UserError, match="layout: torchvision(.|\n)*head.extra is not in the model"):
+    with pytest.raises(UserError, match="format: torchvision(.|\n)*head.extra is not in the model"):
         load_weights(case.ours(), dict(case.theirs().state_dict()) | {"head.extra": torch.zeros(1)})
 
 
-def test_models_of_timm_take_weights_of_any_layout():
+def test_models_of_timm_load_weights_of_any_format():
     theirs, model = case_of("torchvision", 1).theirs(), case_of("timm", 1).theirs()
     nn.init.zeros_(model.norm.weight)
     report = load_weights(model, theirs.state_dict())
-    assert report.layout == "torchvision" and not report.initialised
+    assert report.format == "torchvision" and not report.initialised
     images = case_of("timm", 1).images()
     torch.testing.assert_close(logits_of(model, images), logits_of(theirs, images), atol=1e-5, rtol=0)
 
 
-def test_another_window_of_v2_is_said():
+def test_another_window_of_v2_is_reported():
     case = case_of("torchvision", 2)
     wider = Case("torchvision", 2, window_size=8, pretrained_window_sizes=(4, 4, 4)).ours()
     report = load_weights(wider, case.theirs().state_dict())
-    said = [entry for entry in report.dropped if "windows of 4 there, 8 here" in entry]
-    assert len(said) == sum(case.depths[:2])  # the last stage's window shrinks to its map of 4 × 4
-    assert all("PRETRAINED_WINDOW_SIZES" in entry for entry in said)
+    entries = [entry for entry in report.dropped if "windows of 4, the model has 8" in entry]
+    assert len(entries) == sum(case.depths[:2])  # the last stage's window shrinks to its map of 4 × 4
+    assert all("PRETRAINED_WINDOW_SIZES" in entry for entry in entries)
 
 
-# What other libraries lack -------------------------------------------------------------------------------------------
+# Models that other libraries lack ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["timm", "torchvision", "hf", "hf5"])
-def test_what_has_no_counterpart_is_refused(name: str):
-    layout = LAYOUTS[name]
+def test_models_that_a_format_lacks_are_refused(name: str):
+    target = FORMATS[name]
     tiny = {"img_size": 32, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "window_size": 4, "num_classes": 3}
     with pytest.raises(UserError, match="spatial_mlp.*Swin-MLP"):
-        from_original(SwinMLP(**tiny).state_dict(), layout)
+        from_original(SwinMLP(**tiny).state_dict(), target)
     for ablation in ("none", "bias_only"):
         with pytest.raises(UserError, match="ablation"):
-            from_original(SwinTransformer(**tiny, relative=ablation).state_dict(), layout)
-    strange = {**small().state_dict(), "neck.weight": torch.zeros(2)}
+            from_original(SwinTransformer(**tiny, relative=ablation).state_dict(), target)
+    unknown = {**small().state_dict(), "neck.weight": torch.zeros(2)}
     with pytest.raises(UserError, match="neck.weight"):
-        from_original(strange, layout)
+        from_original(unknown, target)
 
 
-def test_torchvision_needs_the_window_of_v2():
+def test_torchvision_requires_the_window_of_v2():
     original = case_of("timm", 2).ours().state_dict()
     with pytest.raises(UserError, match="--window-size"):
-        from_original(original, LAYOUTS["torchvision"])
+        from_original(original, FORMATS["torchvision"])
     with pytest.raises(UserError, match="absolute_pos_embed"):
-        from_original(small(ape=True).state_dict(), LAYOUTS["torchvision"])
+        from_original(small(ape=True).state_dict(), FORMATS["torchvision"])

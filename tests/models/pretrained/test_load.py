@@ -1,11 +1,11 @@
-"""Given weights put into a model: what is loaded, resized, dropped, initialised; and what is refused."""
+"""Loading weights into a model: which tensors are loaded, resized, dropped and initialised, and which refused."""
 
 import hashlib
 
 import pytest
 import torch
 from timm.data import ImageNetInfo
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.pretrained.load import LoadReport, imagenet_22k_rows, load_weights
@@ -21,7 +21,7 @@ def weights_of(**arguments) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in spread(small(**arguments)).state_dict().items()}
 
 
-def test_same_architecture_is_loaded_whole():
+def test_same_architecture_is_loaded_completely():
     source = spread(small())
     model = small()
     report = load_weights(model, source.state_dict())
@@ -41,7 +41,7 @@ def test_given_tensors_are_neither_changed_nor_shared():
     assert all(torch.equal(given[name], before[name]) for name in before)
 
 
-def test_half_weights_are_loaded_in_the_type_of_the_model():
+def test_half_precision_weights_are_converted_to_the_dtype_of_the_model():
     model = small(window_size=2)
     load_weights(model, {name: value.half() for name, value in weights_of().items()})
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -51,7 +51,7 @@ def test_derived_buffers_are_dropped_whatever_their_size():
     derived = {
         "layers.0.blocks.0.attn.relative_position_index": torch.zeros(9, 9, dtype=torch.long),
         "layers.0.blocks.1.attn_mask": torch.zeros(64, 2, 2),
-        "layers.1.blocks.0.attn_mask": None,  # as the original registers it where nothing is shifted
+        "layers.1.blocks.0.attn_mask": None,  # as the original registers it in blocks without shift
         "layers.0.blocks.0.attn.relative_coords_table": torch.zeros(1, 3, 3, 2),
     }
     source = weights_of()
@@ -76,16 +76,16 @@ def test_bias_tables_are_resized_head_by_head(window: int):
     assert all("bias_table" in entry for entry in report.resized)
 
 
-def test_resizing_keeps_offsets_apart():
-    """A table that says nothing but how far below a key lies says the same in a larger window; no axes swapped."""
+def test_resizing_does_not_swap_axes():
+    """A bias that depends only on the vertical offset still does in a larger window."""
     given, model = weights_of(), small(window_size=8)
-    downwards = torch.linspace(-3, 3, 7).repeat_interleave(7)
-    given[TABLE] = torch.stack([downwards, -downwards], dim=1)
+    vertical = torch.linspace(-3, 3, 7).repeat_interleave(7)
+    given[TABLE] = torch.stack([vertical, -vertical], dim=1)
     load_weights(model, given)
     bias = model.layers[0].blocks[1].attn.relative_position_bias().detach()  # (2, 64, 64)
-    same_row = bias[0].reshape(8, 8, 8, 8)
-    assert (same_row.std(dim=(1, 3)) < 1e-5).all()  # the same for all columns of query and key
-    assert (same_row.mean(dim=(1, 3)).diff(dim=0) > 0).all()  # grows with the query's row
+    by_coordinates = bias[0].reshape(8, 8, 8, 8)
+    assert (by_coordinates.std(dim=(1, 3)) < 1e-5).all()  # the same for all columns of query and key
+    assert (by_coordinates.mean(dim=(1, 3)).diff(dim=0) > 0).all()  # grows with the query's row
     torch.testing.assert_close(bias[1], -bias[0])
 
 
@@ -99,7 +99,7 @@ def test_absolute_embeddings_are_resized():
 
 
 def test_rows_of_the_22k_head():
-    """Pinned: the rows of the released 22K heads that the released 1K heads were made from, in order."""
+    """Pins the rows of the released 22K heads from which the released 1K heads were made, in order."""
     rows = imagenet_22k_rows(SYNSETS)
     assert len(set(rows)) == 1000 and min(rows) >= 0 and max(rows) < 21841
     assert rows[:3] == [359, 368, 460] and rows[-1] == 21817
@@ -126,12 +126,12 @@ def test_22k_head_becomes_1k_head_by_class(names: list[str] | None):
     [
         (5, 7, None),
         (1000, 10, None),
-        (21843, 1000, None),  # Google's list, another order
+        (21843, 1000, None),  # Google's list, in another order
         (21841, 500, None),
-        (21841, 1000, [f"class {i}" for i in range(1000)]),  # a thousand others
+        (21841, 1000, [f"class {i}" for i in range(1000)]),  # 1,000 other classes
     ],
 )
-def test_other_classes_get_a_fresh_head(given_classes: int, own_classes: int, names: list[str] | None):
+def test_other_classes_get_a_new_head(given_classes: int, own_classes: int, names: list[str] | None):
     given, model = weights_of(num_classes=given_classes), small(num_classes=own_classes)
     report = load_weights(model, given, names)
     assert not model.head.weight.any() and not model.head.bias.any()
@@ -143,7 +143,7 @@ def test_other_classes_get_a_fresh_head(given_classes: int, own_classes: int, na
     assert torch.equal(model.norm.weight, given["norm.weight"])
 
 
-def test_weights_without_a_head_leave_the_models_as_initialised():
+def test_weights_without_a_head_keep_the_initialised_head():
     model = small()
     weight = model.head.weight.clone()
     report = load_weights(model, weights_of(num_classes=0))
@@ -151,49 +151,50 @@ def test_weights_without_a_head_leave_the_models_as_initialised():
     assert [entry.split()[0] for entry in report.initialised] == ["head.weight", "head.bias"]
 
 
-def test_a_model_without_a_head_drops_the_given():
+def test_a_model_without_a_head_drops_the_given_head():
     report = load_weights(small(num_classes=0), weights_of())
     assert [entry.split()[0] for entry in report.dropped] == ["head.weight", "head.bias"]
 
 
-def refused(model, given: dict, *words: str) -> None:
+def assert_refused(model: nn.Module, given: dict, *texts: str) -> None:
+    """Loading must fail with `texts` in the message, and leave the model unchanged."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError) as error:
         load_weights(model, given)
-    for word in (*words, "MODEL.SWIN", "--pretrained"):
-        assert word in str(error.value)
+    for text in (*texts, "MODEL.SWIN", "--pretrained"):
+        assert text in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_anything_unexpected_is_refused_and_nothing_loaded():
+def test_unexpected_weights_are_refused_and_nothing_is_loaded():
     given = weights_of()
     without = {name: value for name, value in given.items() if name not in ("norm.weight", "norm.bias")}
-    refused(small(), without, "norm.weight is missing", "norm.bias is missing")
-    refused(small(), {}, "patch_embed.proj.weight is missing", "more")
-    refused(small(), {**given, "neck.weight": torch.zeros(3)}, "neck.weight is not in the model")
-    refused(small(), {**given, "norm.bias": torch.zeros(33)}, "norm.bias has shape 33, the model has 32")
-    refused(small(), {**given, "norm.bias": 3}, "norm.bias is int, not a tensor")
-    refused(small(), {**given, "norm.bias": torch.zeros(32, dtype=torch.int8)}, "norm.bias is torch.int8")
-    refused(small(), {**given, "head.weight": "evil"}, "head.weight is str")
-    refused(small(), weights_of(ape=True), "absolute_pos_embed is not in the model")
-    refused(small(ape=True), given, "absolute_pos_embed is missing")
+    assert_refused(small(), without, "norm.weight is missing", "norm.bias is missing")
+    assert_refused(small(), {}, "patch_embed.proj.weight is missing", "more")
+    assert_refused(small(), {**given, "neck.weight": torch.zeros(3)}, "neck.weight is not in the model")
+    assert_refused(small(), {**given, "norm.bias": torch.zeros(33)}, "norm.bias has shape 33, the model has 32")
+    assert_refused(small(), {**given, "norm.bias": 3}, "norm.bias is int, not a tensor")
+    assert_refused(small(), {**given, "norm.bias": torch.zeros(32, dtype=torch.int8)}, "norm.bias is torch.int8")
+    assert_refused(small(), {**given, "head.weight": "evil"}, "head.weight is str")
+    assert_refused(small(), weights_of(ape=True), "absolute_pos_embed is not in the model")
+    assert_refused(small(ape=True), given, "absolute_pos_embed is missing")
 
 
-def test_tables_that_no_rule_fits_are_refused():
+def test_tables_that_cannot_be_resized_are_refused():
     given = weights_of()
-    refused(small(window_size=2, num_heads=(4, 4)), given, f"{TABLE} has shape 49x2, the model has 9x4")
-    refused(small(), {**given, TABLE: torch.zeros(48, 2)}, "48x2")  # not a square
+    assert_refused(small(window_size=2, num_heads=(4, 4)), given, f"{TABLE} has shape 49x2, the model has 9x4")
+    assert_refused(small(), {**given, TABLE: torch.zeros(48, 2)}, "48x2")  # not a square
     ape = weights_of(ape=True)
-    refused(small(ape=True), {**ape, "absolute_pos_embed": torch.zeros(1, 60, 16)}, "1x60x16")
-    refused(small(ape=True), {**ape, "absolute_pos_embed": torch.zeros(1, 64, 8)}, "1x64x8")
+    assert_refused(small(ape=True), {**ape, "absolute_pos_embed": torch.zeros(1, 60, 16)}, "1x60x16")
+    assert_refused(small(ape=True), {**ape, "absolute_pos_embed": torch.zeros(1, 64, 8)}, "1x64x8")
 
 
 def test_heads_that_do_not_fit_are_refused():
     given = weights_of()
-    refused(small(), {**given, "head.weight": torch.zeros(5, 31)}, "head.weight 5x31")
-    refused(small(), {**given, "head.bias": torch.zeros(4)}, "head.bias 4")
+    assert_refused(small(), {**given, "head.weight": torch.zeros(5, 31)}, "head.weight 5x31")
+    assert_refused(small(), {**given, "head.bias": torch.zeros(4)}, "head.bias 4")
     del given["head.bias"]
-    refused(small(), given, "head.weight comes without")
+    assert_refused(small(), given, "head.weight comes without")
 
 
 def test_report_as_a_table():
