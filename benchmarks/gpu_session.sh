@@ -47,11 +47,11 @@ part() {
 
 step=("$python" -m benchmarks.step --device "$device" --write)
 if [ "$device" = cuda ]; then
-    table="$folder/step_gpu.md" large=(--batch-sizes 256 --seconds 1 --turns 3) small=(--batch-sizes 1 8 --seconds 0.5 --turns 3)
-    memory=(--models swin_base --batch-sizes 64 --seconds 0.5 --turns 3) graphs=(eager compiled graphs) first=128
+    table="$folder/step_gpu.md" large=(--batch-sizes 256 --seconds 1 --rounds 3) small=(--batch-sizes 1 8 --seconds 0.5 --rounds 3)
+    memory=(--models swin_base --batch-sizes 64 --seconds 0.5 --rounds 3) graphs=(eager compiled graphs) first=128
     demo=(TRAIN.EPOCHS 3 TRAIN.WARMUP_EPOCHS 1) tests=(-m gpu tests)
 else
-    tiny=(--models demo --batch-sizes 2 --seconds 0.05 --turns 1)
+    tiny=(--models demo --batch-sizes 2 --seconds 0.05 --rounds 1)
     table="$folder/step_cpu.md" large=("${tiny[@]}") small=("${tiny[@]}") memory=("${tiny[@]}") graphs=(eager) first=2
     demo=(TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0) tests=(tests/test_layering.py)
 fi
@@ -62,8 +62,8 @@ part tests 95 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
 part attention 50 "$python" -m benchmarks.window_attention --write "$folder/window_attention.md"
 
 # Small and sure things first; the compiled peers take longest and come last.
-part eager 50 "${step[@]}" "$table" "${large[@]}" --dtypes bfloat16 --ways eager
-part checkpointing 40 "${step[@]}" "$table" "${memory[@]}" --dtypes bfloat16 --modes training --ways eager \
+part eager 50 "${step[@]}" "$table" "${large[@]}" --dtypes bfloat16 --compile-modes eager
+part checkpointing 40 "${step[@]}" "$table" "${memory[@]}" --dtypes bfloat16 --modes training --compile-modes eager \
     --libraries timm torchvision --variant checkpoint TRAIN.USE_CHECKPOINT True
 part bf16 25 "$python" -m torch.distributed.run --standalone --nproc_per_node=1 main.py --cfg configs/demo.yaml \
     --data-path "$scratch/digits" --output "$scratch/bf16" --opts AMP_DTYPE bfloat16 "${demo[@]}"
@@ -74,8 +74,8 @@ for start in cold cached; do # "first step … s" in the log: compiling included
         "${main[@]}" --throughput --batch-size $first --opts TRAIN.COMPILE True AMP_DTYPE bfloat16
 done
 part loader 45 "$python" -m benchmarks.loader --only device --rounds 2 --output "$folder"
-part graphs 60 "${step[@]}" "$table" "${small[@]}" --dtypes bfloat16 --libraries --ways "${graphs[@]}"
-part compiled 90 "${step[@]}" "$table" "${large[@]}" --dtypes bfloat16 --modes training --ways compiled \
+part graphs 60 "${step[@]}" "$table" "${small[@]}" --dtypes bfloat16 --libraries --compile-modes "${graphs[@]}"
+part compiled 90 "${step[@]}" "$table" "${large[@]}" --dtypes bfloat16 --modes training --compile-modes compiled \
     --variant skip MODEL.DROP_PATH_SKIP True --variant bf16 TRAIN.BF16_PARAMS True
 
 if [ -n "$dry" ]; then

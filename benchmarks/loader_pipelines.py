@@ -1,12 +1,11 @@
-"""Whole pipelines, from files to batches, in images per second of processor time."""
+"""Measures whole pipelines, from files to batches, in images per second of CPU time."""
 
-import contextlib
-import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,34 +15,33 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import InterpolationMode, v2
+from yacs.config import CfgNode
 
+from benchmarks.timing import interleave
 from config import get_config
 from data.build import TrainBatches, build_datasets, val_batches
 from data.datasets.base import Images
 from data.transforms.reference import eval_transform
 from utils.distributed.process_group import DistInfo
 
-log = logging.getLogger(__name__)
-
 SIZE = 224
 POLICY, ERASING = "rand-m9-mstd0.5-inc1", 0.25
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PROCESS = DistInfo.single(torch.device("cpu"))
+DIST_INFO = DistInfo.single(torch.device("cpu"))
 ENDLESS = 10**6  # batches
 
-Batches = contextlib.AbstractContextManager[Iterator[object]]
-Opening = Callable[[int, int], Batches]  # batch size, workers → batches
+Batches = AbstractContextManager[Iterator[object]]
+OpenPipeline = Callable[[int, int], Batches]  # batch size, workers → batches
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time that process `pid` has used so far, in all its threads (Linux: its clock, as clock_getcpuclockid
-    makes it)."""
-    return time.clock_gettime((~pid << 3) | 2)
+    """CPU time that process `pid` has used so far, in all its threads. Linux only."""
+    return time.clock_gettime((~pid << 3) | 2)  # the clock that clock_getcpuclockid(3) returns
 
 
 @contextmanager
-def of_dataloader(loader: DataLoader) -> Iterator[Iterator[object]]:
-    """Endless batches of `loader`, whose workers end with the block."""
+def iterate(loader: DataLoader) -> Iterator[Iterator[object]]:
+    """Yields an iterator over `loader`; its workers are stopped at the end of the `with` block."""
     batches = iter(loader)
     try:
         yield batches
@@ -53,7 +51,7 @@ def of_dataloader(loader: DataLoader) -> Iterator[Iterator[object]]:
 
 
 class InfiniteSampler:
-    """A sampler: the indices of an epoch in random order, again and again."""
+    """Samples 0 … n-1 in random order, epoch after epoch."""
 
     def __init__(self, n: int):
         self.n = n
@@ -68,39 +66,40 @@ class InfiniteSampler:
 
 
 def original_train(root: Path, batch_size: int, workers: int) -> Batches:
-    """The original code's: Pillow, timm's transform, DataLoader."""
+    """The original code: Pillow, timm's transform, DataLoader."""
     transform = create_transform(
         SIZE, is_training=True, color_jitter=0.4, auto_augment=POLICY, re_prob=ERASING, re_mode="pixel", re_count=1,
         interpolation="bicubic",
     )  # fmt: skip
     images = ImageFolder(str(root / "train"), transform)
-    return of_dataloader(DataLoader(images, batch_size, sampler=InfiniteSampler(len(images)), num_workers=workers))
+    return iterate(DataLoader(images, batch_size, sampler=InfiniteSampler(len(images)), num_workers=workers))
 
 
 def original_eval(root: Path, batch_size: int, workers: int) -> Batches:
     images = ImageFolder(str(root / "val"), eval_transform(SIZE, True, "bicubic"))
-    return of_dataloader(DataLoader(images, batch_size, sampler=InfiniteSampler(len(images)), num_workers=workers))
+    return iterate(DataLoader(images, batch_size, sampler=InfiniteSampler(len(images)), num_workers=workers))
 
 
 @contextmanager
 def timm_train(root: Path, batch_size: int, workers: int) -> Iterator[Iterator[object]]:
-    """timm's loader with its prefetcher: uint8 batches, normalised and erased as a whole, here on the CPU."""
+    """timm's loader with its prefetcher: normalises and erases whole uint8 batches, here on the CPU."""
     images = ImageDataset(str(root / "train"))
     loader = create_loader(
         images, (3, SIZE, SIZE), batch_size, is_training=True, use_prefetcher=True, re_prob=ERASING, re_mode="pixel",
         color_jitter=0.4, auto_augment=POLICY, interpolation="bicubic", mean=MEAN, std=STD, num_workers=workers,
         pin_memory=False, device=torch.device("cpu"), persistent_workers=False,
     )  # fmt: skip
-    inner = loader.loader
-    loader.loader = DataLoader(images, batch_size, sampler=InfiniteSampler(len(images)), num_workers=workers,
-                               collate_fn=inner.collate_fn)  # fmt: skip
-    with of_dataloader(loader.loader) as batches:
+    collate = loader.loader.collate_fn
+    loader.loader = DataLoader(
+        images, batch_size, sampler=InfiniteSampler(len(images)), num_workers=workers, collate_fn=collate
+    )
+    with iterate(loader.loader) as batches:
         loader.loader = batches
         yield iter(loader)
 
 
 class TensorImages(torch.utils.data.Dataset):
-    """torchvision's second way: decoded to tensors, v2 transforms."""
+    """torchvision: decodes to tensors, applies v2 transforms."""
 
     def __init__(self, root: Path):
         self.files = ImageFolder(str(root / "train")).samples
@@ -123,28 +122,28 @@ class TensorImages(torch.utils.data.Dataset):
 
 def torchvision_train(root: Path, batch_size: int, workers: int) -> Batches:
     images = TensorImages(root)
-    return of_dataloader(DataLoader(images, batch_size, sampler=InfiniteSampler(len(images)), num_workers=workers))
+    return iterate(DataLoader(images, batch_size, sampler=InfiniteSampler(len(images)), num_workers=workers))
 
 
-def own_config(root: Path, batch_size: int, workers: int, backend: str, *opts: object):
-    words = ["DATA.DATA_PATH", str(root), "DATA.BATCH_SIZE", batch_size, "DATA.NUM_WORKERS", workers]
-    words += ["DATA.BACKEND", backend, "MODEL.NUM_CLASSES", 0, "AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0]
-    return get_config(None, [*words, *opts])
+def own_config(root: Path, batch_size: int, workers: int, backend: str, *opts: object) -> CfgNode:
+    keys = ["DATA.DATA_PATH", str(root), "DATA.BATCH_SIZE", batch_size, "DATA.NUM_WORKERS", workers]
+    keys += ["DATA.BACKEND", backend, "MODEL.NUM_CLASSES", 0, "AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0]
+    return get_config(None, [*keys, *opts])
 
 
-def own_train(root: Path, backend: str, *opts: object) -> Opening:
-    """This project's: the part of it that works on the CPU in any case."""
+def own_train(root: Path, backend: str, *opts: object) -> OpenPipeline:
+    """This project's training pipeline, without the part that runs on the device."""
 
-    def opened(batch_size: int, workers: int) -> Batches:
+    def open_batches(batch_size: int, workers: int) -> Batches:
         config = own_config(root, batch_size, workers, backend, *opts)
-        data = build_datasets(config, PROCESS)
-        return TrainBatches(config, data, PROCESS, 0, ENDLESS * batch_size).loader.started()
+        data = build_datasets(config, DIST_INFO)
+        return TrainBatches(config, data, DIST_INFO, 0, ENDLESS * batch_size).loader.started()
 
-    return opened
+    return open_batches
 
 
-class Repeated:
-    """Images again and again."""
+class RepeatedImages:
+    """Repeats `images` 1000 times."""
 
     def __init__(self, images: Images):
         self.images = images
@@ -159,28 +158,26 @@ class Repeated:
         return self.images.read(i % len(self.images))
 
 
-def own_eval(root: Path, backend: str) -> Opening:
+def own_eval(root: Path, backend: str) -> OpenPipeline:
     @contextmanager
-    def opened(batch_size: int, workers: int) -> Iterator[Iterator[object]]:
+    def open_batches(batch_size: int, workers: int) -> Iterator[Iterator[object]]:
         config = own_config(root, batch_size, workers, backend)
-        data = build_datasets(config, PROCESS)
-        with val_batches(config, replace(data, val=Repeated(data.val)), PROCESS).loader.started() as batches:
+        data = build_datasets(config, DIST_INFO)
+        with val_batches(config, replace(data, val=RepeatedImages(data.val)), DIST_INFO).loader.started() as batches:
             yield batches
 
-    return opened
+    return open_batches
 
 
-@dataclass
-class Running:
-    """A pipeline with one worker, which rests whenever enough batches are ready."""
+@dataclass(frozen=True)
+class RunningPipeline:
+    """A pipeline with one worker, which sleeps when enough batches are prefetched."""
 
-    name: str
     batches: Iterator[object]
     worker: int  # process id
-    costs: list[float] = field(default_factory=list)  # seconds of processor time for an image, in each turn
 
     def cpu_seconds_used(self) -> float:
-        """Waits until the worker has nothing to do. Returns the processor time used so far, this process's included."""
+        """Waits until the worker sleeps; returns the CPU time that it has used so far."""
         before = -1.0
         while before != (now := cpu_seconds(self.worker)) or not self.sleeps():
             before = now
@@ -190,38 +187,36 @@ class Running:
     def sleeps(self) -> bool:
         return Path(f"/proc/{self.worker}/stat").read_text().rpartition(") ")[2].startswith("S")
 
-    def turn(self, batches: int, batch_size: int) -> None:
-        """Takes `batches` and lets the worker make as many new ones."""
-        begun_here, begun_there = time.process_time(), self.cpu_seconds_used()
+    def turn(self, batches: int, batch_size: int) -> float:
+        """Takes `batches` while the worker makes as many new ones; returns images per second of CPU time of both."""
+        main_start, worker_start = time.process_time(), self.cpu_seconds_used()
         for _ in range(batches):
             next(self.batches)
-        used = time.process_time() - begun_here + self.cpu_seconds_used() - begun_there
-        self.costs.append(used / (batches * batch_size))
+        used = time.process_time() - main_start + self.cpu_seconds_used() - worker_start
+        return batches * batch_size / used
 
 
-def compare(pipelines: dict[str, Opening], batch_size: int, batches: int, rounds: int) -> dict[str, list[float]]:
-    """Images per second of processor time of each of `pipelines`, in each of `rounds` rounds of turns."""
+def compare_pipelines(
+    pipelines: dict[str, OpenPipeline], batch_size: int, batches: int, rounds: int
+) -> dict[str, list[float]]:
+    """Images per second of CPU time of each pipeline, in each round."""
     with ExitStack() as stack:
-        running = []
-        for name, opening in pipelines.items():
+        turns = {}
+        for name, open_pipeline in pipelines.items():
             before = {child.pid for child in multiprocessing.active_children()}
-            iterator = stack.enter_context(opening(batch_size, 1))
+            iterator = stack.enter_context(open_pipeline(batch_size, 1))
             next(iterator)
             (worker,) = {child.pid for child in multiprocessing.active_children()} - before
-            running.append(Running(name, iterator, worker))
-            running[-1].turn(1, batch_size)
-            running[-1].costs.clear()
-        for number in range(rounds):
-            for each in running[:: -1 if number % 2 else 1]:
-                each.turn(batches, batch_size)
-            log.info("round %d/%d", number + 1, rounds)
-    return {each.name: [1 / cost for cost in each.costs] for each in running}
+            pipeline = RunningPipeline(iterator, worker)
+            pipeline.turn(1, batch_size)  # warm-up
+            turns[name] = partial(pipeline.turn, batches, batch_size)
+        return interleave(turns, rounds)
 
 
-def same_evaluation(root: Path) -> tuple[int, int]:
-    """How many validation images the native backend prepares to the very bits of the original's, of how many."""
+def count_equal_eval_images(root: Path) -> tuple[int, int]:
+    """How many validation images the native backend prepares bit for bit as the original code does, and the total."""
     images = ImageFolder(str(root / "val"), eval_transform(SIZE, True, "bicubic"))
     config = own_config(root, 1, 0, "native")
-    batches = val_batches(config, build_datasets(config, PROCESS), PROCESS)
-    same = sum(torch.equal(batch["image"][0], images[i][0]) for i, batch in enumerate(batches))
-    return same, len(images)
+    batches = val_batches(config, build_datasets(config, DIST_INFO), DIST_INFO)
+    equal = sum(torch.equal(batch["image"][0], images[i][0]) for i, batch in enumerate(batches))
+    return equal, len(images)

@@ -1,6 +1,5 @@
-"""Milliseconds of processor time for each stage of the data path, by each library that offers it."""
+"""Measures CPU time of each stage of the data path, for each library that offers it."""
 
-import logging
 import random
 import statistics
 import time
@@ -20,6 +19,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 
 from benchmarks.loader_pipelines import MEAN, POLICY, SIZE, STD
+from benchmarks.timing import interleave
 from data.codecs.crop_decode import CropResizeParams, OpenedImage
 from data.codecs.pillow_decode import decode
 from data.codecs.tiled_jpeg import TiledJpeg, encode
@@ -27,27 +27,23 @@ from data.transforms.native_transforms import NativeAugment, Normalise
 from utils.seed import derive, seed_cpu
 from utils.table import Column, Table
 
-log = logging.getLogger(__name__)
+BATCH = 32  # images that are collated
+POLICY_OPTIONS = {
+    "translate_const": int(0.45 * SIZE),
+    "img_mean": tuple(round(255 * value) for value in MEAN),
+    "interpolation": Image.Resampling.BICUBIC,
+}
+Work = Callable[[int], object]  # processes the image of the given number
 
-BATCH = 32  # images of a batch that is collated
-Work = Callable[[int], object]
 
-
-def stages(images: list[bytes], rounds: int, native: bool) -> Table:
-    """One turn in each round for each of `candidates`, over all `images`; medians."""
+def stages_table(images: list[bytes], rounds: int, native: bool) -> Table:
+    """Each candidate processes all `images` in each round."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     works = candidates(images, native)
-    costs: dict[tuple[str, str], list[float]] = {key: [] for key in works}
-    for number in range(rounds):
-        for key, work in list(works.items())[:: -1 if number % 2 else 1]:
-            if number == 0:
-                work(0)
-            begun = time.thread_time()
-            for i in range(len(images)):
-                work(i)
-            costs[key].append((time.thread_time() - begun) / len(images))
-        log.info("stages: round %d/%d", number + 1, rounds)
+    for work in works.values():
+        work(0)  # warm-up
+    costs = interleave({key: partial(cpu_seconds_per_image, work, len(images)) for key, work in works.items()}, rounds)
     torch.set_num_threads(threads)
     columns = [Column("stage"), Column("by"), Column("ms an image", ".3f"), Column("images/s", ",.0f")]
     table = Table("stages", "Where the time goes: one image, one core", columns)
@@ -57,18 +53,25 @@ def stages(images: list[bytes], rounds: int, native: bool) -> Table:
     return table
 
 
+def cpu_seconds_per_image(work: Work, count: int) -> float:
+    start = time.thread_time()
+    for i in range(count):
+        work(i)
+    return (time.thread_time() - start) / count
+
+
 def candidates(images: list[bytes], native: bool) -> dict[tuple[str, str], Work]:
-    """(stage, library) → what handles image number i. All crops are the same ones."""
-    pictures = [decode(image, "") for image in images]
+    """(stage, library) → work. All candidates use the same crops."""
+    decoded = [decode(image, "") for image in images]
     crop = RandomResizedCropAndInterpolation(SIZE, interpolation="bicubic")
     random.seed(0)
-    boxes = [crop.get_params(picture, crop.scale, crop.ratio) for picture in pictures]
-    small = [cropped(picture, box) for picture, box in zip(pictures, boxes, strict=True)]
+    boxes = [crop.get_params(image, crop.scale, crop.ratio) for image in decoded]
+    crops = [cropped(image, box) for image, box in zip(decoded, boxes, strict=True)]
     works = {("decode, whole", name): work for name, work in decoders(images).items()}
-    works |= resizers(pictures, boxes)
-    works |= after_the_crop(small)
+    works |= resizers(decoded, boxes)
+    works |= augmentations(crops)
     if native:
-        works |= native_stages(images, pictures, boxes, small)
+        works |= native_stages(images, decoded, boxes, crops)
     return works
 
 
@@ -94,23 +97,23 @@ def decoders(images: list[bytes]) -> dict[str, Work]:
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
-def cropped(picture: Image.Image, box: Box) -> Image.Image:
+def cropped(image: Image.Image, box: Box) -> Image.Image:
     top, left, height, width = box
-    return picture.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
 
 
-def resizers(pictures: list[Image.Image], boxes: list[Box]) -> dict[tuple[str, str], Work]:
-    tensors = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
+def resizers(decoded: list[Image.Image], boxes: list[Box]) -> dict[tuple[str, str], Work]:
+    tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in decoded]
     resized = partial(v2.functional.resized_crop, size=(SIZE, SIZE), interpolation=InterpolationMode.BICUBIC)
     stage = "crop and resize, bicubic"
     works: dict[tuple[str, str], Work] = {
-        (stage, "Pillow"): lambda i: cropped(pictures[i], boxes[i]),
+        (stage, "Pillow"): lambda i: cropped(decoded[i], boxes[i]),
         (stage, "torchvision v2, uint8 tensors"): lambda i: resized(tensors[i], *boxes[i]),
     }
     if find_spec("cv2"):
         import cv2
 
-        arrays = [np.array(picture) for picture in pictures]
+        arrays = [np.array(image) for image in decoded]
 
         def by_area(i: int) -> np.ndarray:
             top, left, height, width = boxes[i]
@@ -121,12 +124,10 @@ def resizers(pictures: list[Image.Image], boxes: list[Box]) -> dict[tuple[str, s
     return works
 
 
-def after_the_crop(small: list[Image.Image]) -> dict[tuple[str, str], Work]:
-    tensors = [torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous() for picture in small]
+def augmentations(crops: list[Image.Image]) -> dict[tuple[str, str], Work]:
+    tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() for image in crops]
     floats = [tensor.float() / 255 for tensor in tensors]
-    fill = tuple(round(255 * value) for value in MEAN)
-    options = {"translate_const": int(0.45 * SIZE), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
-    policy, other_policy = rand_augment_transform(POLICY, options), v2.RandAugment()
+    policy, other_policy = rand_augment_transform(POLICY, POLICY_OPTIONS), v2.RandAugment()
     erase = RandomErasing(0.25, mode="pixel", device="cpu")
     to_tensor, normalise = transforms.ToTensor(), transforms.Normalize(MEAN, STD)
 
@@ -134,9 +135,9 @@ def after_the_crop(small: list[Image.Image]) -> dict[tuple[str, str], Work]:
         return default_collate([samples[(i + k) % len(samples)] for k in range(BATCH)]) if i % BATCH == 0 else None
 
     return {
-        ("RandAugment", "timm (Pillow)"): lambda i: policy(small[i]),
+        ("RandAugment", "timm (Pillow)"): lambda i: policy(crops[i]),
         ("RandAugment", "torchvision v2, uint8 tensors (other policy)"): lambda i: other_policy(tensors[i]),
-        ("to tensor", "torchvision"): lambda i: to_tensor(small[i]),
+        ("to tensor", "torchvision"): lambda i: to_tensor(crops[i]),
         ("normalise", "torchvision"): lambda i: normalise(floats[i]),
         ("random erasing", "timm"): lambda i: erase(floats[i]),
         ("seeding", "three generators"): lambda i: seed_cpu(derive(0, "augment", 0, i)),
@@ -146,25 +147,24 @@ def after_the_crop(small: list[Image.Image]) -> dict[tuple[str, str], Work]:
 
 
 def native_stages(
-    images: list[bytes], pictures: list[Image.Image], boxes: list[Box], small: list[Image.Image]
+    images: list[bytes], decoded: list[Image.Image], boxes: list[Box], crops: list[Image.Image]
 ) -> dict[tuple[str, str], Work]:
     here = "this project"
-    tiled = [TiledJpeg(encode(picture, 90)) for picture in pictures]
-    arrays = [np.array(picture) for picture in small]
-    whole = [np.array(picture) for picture in pictures]
-    fill = tuple(round(255 * value) for value in MEAN)
-    options = {"translate_const": int(0.45 * SIZE), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
-    policy = NativeAugment(rand_augment_transform(POLICY, options))
+    tiled = [TiledJpeg(encode(image, 90)) for image in decoded]
+    arrays = [np.array(image) for image in decoded]
+    crop_arrays = [np.array(image) for image in crops]
+    policy = NativeAugment(rand_augment_transform(POLICY, POLICY_OPTIONS))
     normalise = Normalise(MEAN, STD)
 
-    def params(i: int) -> CropResizeParams:
+    def decode_crop(source: bytes | np.ndarray | TiledJpeg, i: int) -> np.ndarray:
         top, left, height, width = boxes[i]
-        return CropResizeParams(left, top, width, height, SIZE, SIZE, 0, 0, SIZE, SIZE, bicubic=1, flip=0)
+        params = CropResizeParams(left, top, width, height, SIZE, SIZE, 0, 0, SIZE, SIZE, bicubic=1, flip=0)
+        return OpenedImage(source, "").crop_resize(params)
 
     return {
-        ("decode, crop and resize", here): lambda i: OpenedImage(images[i], "").crop_resize(params(i)),
-        ("decode, crop and resize", f"{here}, tiled"): lambda i: OpenedImage(tiled[i], "").crop_resize(params(i)),
-        ("crop and resize, bicubic", here): lambda i: OpenedImage(whole[i], "").crop_resize(params(i)),
-        ("RandAugment", here): lambda i: policy(arrays[i].copy()),
-        ("to tensor and normalise", here): lambda i: normalise(arrays[i]),
+        ("decode, crop and resize", here): lambda i: decode_crop(images[i], i),
+        ("decode, crop and resize", f"{here}, tiles (packed)"): lambda i: decode_crop(tiled[i], i),
+        ("crop and resize, bicubic", here): lambda i: decode_crop(arrays[i], i),
+        ("RandAugment", here): lambda i: policy(crop_arrays[i].copy()),
+        ("to tensor and normalise", here): lambda i: normalise(crop_arrays[i]),
     }

@@ -1,5 +1,5 @@
-"""The figures of the paper's tables (Liu et al., 2021, "Swin Transformer: Hierarchical Vision Transformer using Shifted
-Windows"), beside which `benchmarks.tables` puts its own. M parameters, G multiply-adds, V100 images/s, top-1 in %.
+"""The numbers of the paper's tables (Liu et al., 2021, "Swin Transformer: Hierarchical Vision Transformer using Shifted
+Windows"), for `benchmarks.tables`. Parameters in M, multiply-adds in G, images/s of a V100, top-1 in %.
 """
 
 from typing import NamedTuple
@@ -9,14 +9,14 @@ class Peer(NamedTuple):
     """A row of Table 1. `model` is a recipe in configs/, or the name that timm has for it."""
 
     name: str
-    pretrained: str  # "" or the data set that it was pre-trained on
+    pretrained: str  # "", or the pre-training data set
     model: str
     pixels: int
     parameters: float
     macs: float
     rate: float | None
     top1: float
-    weights: str = ""  # the release whose accuracy this is, for Swin
+    weights: str = ""  # for Swin: the release with this accuracy
 
 
 TABLE1 = (
@@ -48,7 +48,7 @@ TABLE1 = (
 
 
 class Ablation(NamedTuple):
-    """A row of Table 4, all with Swin-T: the keys that make it, and top-1 and top-5 on ImageNet-1K."""
+    """A row of Table 4, all with Swin-T: its keys, and top-1 and top-5 on ImageNet-1K."""
 
     name: str
     opts: tuple[str, ...]
@@ -76,8 +76,8 @@ TABLE5 = {
     "shifted window (cyclic)": (3.0, 1.9, 1.3, 1.0, 755, 437, 278),
 }
 
-# Table 7: for each stage the rate of downsampling and the side of the map; then by model what each stage is made of:
-# how patches are concatenated, channels, blocks and heads. Windows are 7 × 7.
+# Table 7: for each stage the downsampling rate and the side of the map; then by model and stage the side of the patches
+# that are concatenated, channels, blocks and heads. Windows are 7 × 7.
 TABLE7_STAGES = ((4, 56), (8, 28), (16, 14), (32, 7))
 TABLE7 = {
     "Swin-T": ("swin_tiny", ((4, 96, 2, 3), (2, 192, 2, 6), (2, 384, 6, 12), (2, 768, 2, 24))),

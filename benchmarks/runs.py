@@ -1,8 +1,7 @@
-"""Runs of main.py for a table: evaluations and trainings, each a process of its own with a configuration of its own."""
+"""Runs main.py in processes of its own and reads the files that it writes."""
 
 import json
 import logging
-import re
 import subprocess
 import sys
 import tempfile
@@ -14,52 +13,57 @@ from yacs.config import CfgNode
 from config import dump
 from utils.errors import UserError
 from utils.paths import REPO_ROOT
+from utils.tracking.metric_writer import read_records
 
 log = logging.getLogger(__name__)
 
-RESULT = re.compile(r"\d+ images: top-1 ([\d.]+) %  top-5 ([\d.]+) %")
 
-
-def accuracy(config: CfgNode, weights: str, data_path: str, opts: Sequence[str]) -> float:
-    """Top-1 (%) of `weights` on the validation images in `data_path`, by `main.py --eval`.
+def evaluate(config: CfgNode, weights: str, data_path: str, opts: Sequence[str]) -> dict[str, float]:
+    """Metrics of `weights` on the validation images in `data_path`, by `main.py --eval`.
 
     Raises:
-        UserError: main.py could not do it; says why.
+        UserError: main.py failed; includes its output.
     """
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder, "config.yaml")
+        recipe, output = Path(folder, "config.yaml"), Path(folder, "runs")
         recipe.write_text(dump(config), encoding="utf-8")
-        flags = ["--cfg", str(recipe), "--data-path", data_path, "--eval", "--pretrained", weights]
-        said = run_main([*flags, *(["--opts", *opts] if opts else [])])
-    found = RESULT.search(said)
-    if found is None:
-        raise UserError(f"main.py --eval --pretrained {weights} gave no accuracy:\n{said[-1000:]}")
-    return float(found[1])
+        flags = ["--cfg", str(recipe), "--data-path", data_path, "--output", str(output)]
+        run_main([*flags, "--eval", "--pretrained", weights, *(["--opts", *opts] if opts else [])])
+        return read_metrics(output)
 
 
-def run_main(arguments: Sequence[str], processes: int = 1) -> str:
-    """Runs main.py to its end, shows what it says, and returns that.
+def read_metrics(output: Path) -> dict[str, float]:
+    """The metrics in the `results.json` of the only run below `output`.
 
     Raises:
-        UserError: it failed.
+        UserError: there is no such file.
+    """
+    path = next(output.rglob("results.json"), None)
+    if path is None:
+        raise UserError(f"main.py --eval wrote no results.json below {output}")
+    return json.loads(path.read_text(encoding="utf-8"))["metrics"]
+
+
+def run_main(arguments: Sequence[str], processes: int = 1) -> None:
+    """Runs main.py to its end and logs its output.
+
+    Raises:
+        UserError: it failed; includes the end of its output.
     """
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    said: list[str] = []
+    output: list[str] = []
     command = [*launcher, str(REPO_ROOT / "main.py"), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
-        for line in running.stdout or ():
-            said.append(line)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout or ():
+            output.append(line)
             log.info("    %s", line.rstrip())
-    if running.returncode:
-        raise UserError(f"main.py {' '.join(arguments)} failed:\n{''.join(said[-15:])}")
-    return "".join(said)
+    if process.returncode:
+        raise UserError(f"main.py {' '.join(arguments)} failed:\n{''.join(output[-15:])}")
 
 
-def last_epoch(folder: Path) -> dict | None:
-    """The figures of the last epoch that the run in `folder` has finished, or None."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    epochs = [record for record in map(json.loads, lines) if record["kind"] == "epoch"]
+def last_epoch(run_dir: Path) -> dict | None:
+    """The record of the last epoch that the run in `run_dir` has finished, or None."""
+    epochs = [record for record in read_records(run_dir) if record["kind"] == "epoch"]
     return epochs[-1] if epochs else None

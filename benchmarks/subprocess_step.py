@@ -1,32 +1,32 @@
-"""A step in a process of its own, which the processes of other steps share nothing with but the machine."""
+"""Runs a step in a process of its own, so that it shares no process-wide settings with other steps."""
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-Step = Callable[[], object]
+from benchmarks.timing import Step
 
-_step: Step  # of a process that an `Apart` started
+_step: Step  # set in the process that a SubprocessStep started
 
 
 class SubprocessStep:
     """Builds a step in a new process, and runs it there when called.
 
-    What building it sets for the whole process, such as what becomes of freed memory, is then not given to others.
+    Process-wide settings that building makes, such as malloc's, do not affect other candidates.
 
     Args:
-        begin: called there with `arguments`, which can be pickled; gives the step, and what is to be known of it here.
+        start: called in the new process with `arguments`, which must be picklable; returns the step and `info`.
 
     Attributes:
-        known: that.
+        info: the second value that `start` returned.
     """
 
-    def __init__(self, begin: Callable[..., tuple[Step, object]], *arguments: object):
+    def __init__(self, start: Callable[..., tuple[Step, object]], *arguments: object):
         self._process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         try:
-            self.known = self._process.submit(_begin, begin, arguments).result()
+            self.info = self._process.submit(_start, start, arguments).result()
         except BaseException:
-            self.close()  # what it holds of the machine is for others now
+            self.close()  # frees its memory for the other candidates
             raise
 
     def __call__(self) -> None:
@@ -36,10 +36,10 @@ class SubprocessStep:
         self._process.shutdown()
 
 
-def _begin(begin: Callable[..., tuple[Step, object]], arguments: tuple) -> object:
+def _start(start: Callable[..., tuple[Step, object]], arguments: tuple) -> object:
     global _step
-    _step, known = begin(*arguments)
-    return known
+    _step, info = start(*arguments)
+    return info
 
 
 def _run() -> None:

@@ -1,39 +1,79 @@
-"""How fast several things are, on the same machine in one run."""
+"""Times candidates against each other. All benchmarks use these functions; `engine/throughput.py` times a single step.
+
+Candidates take turns: each has one turn per round, and every second round runs in reverse order, so that a machine
+whose speed drifts affects all of them alike. Results are medians over the rounds.
+"""
 
 import logging
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from engine import train_step
+from engine.throughput import calibrate, images_per_second
 from utils.errors import UserError
 from utils.precision import choose_amp_dtype
 
 log = logging.getLogger(__name__)
 
 Step = Callable[[], object]
+Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
+
+
+def interleave(turns: Mapping[Key, Callable[[], Result]], rounds: int) -> dict[Key, list[Result]]:
+    """Calls every function in `turns` once per round; returns their results, in the order of the rounds."""
+    results: dict[Key, list[Result]] = {key: [] for key in turns}
+    for number in range(rounds):
+        for key in list(turns)[:: -1 if number % 2 else 1]:
+            results[key].append(turns[key]())
+        log.info("round %d/%d", number + 1, rounds)
+    return results
+
+
+def compare_steps(
+    steps: Mapping[Key, Step], images: int, device: torch.device, seconds: float, rounds: int
+) -> dict[Key, list[float]]:
+    """Images per second of each of `steps` in each round."""
+    return interleave({key: calibrate(step, images, device, seconds) for key, step in steps.items()}, rounds)
+
+
+def ratios(rates: Mapping[str, list[float]], name: str, baseline: str) -> list[float]:
+    """Speed of `name` relative to `baseline`, in each round."""
+    return [a / b for a, b in zip(rates[name], rates[baseline], strict=True)]
+
+
+def median_ratio(rates: Mapping[str, list[float]], name: str, baseline: str) -> float:
+    return statistics.median(ratios(rates, name, baseline))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for "cpu", "cuda", or "auto": the GPU if there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here; omit --device to measure the CPU")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def device_slug(device: torch.device) -> str:
+    """The device's name for use in a file name: "cpu", "nvidia-h200"."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @dataclass(frozen=True)
-class Stopwatch:
-    """How inference is measured: where, how many images at a time, for how long, how often, in which number format."""
+class InferenceTimer:
+    """Measures inference of models that are too many to hold in memory: each is built again for each of its turns."""
 
     device: torch.device
     batch_size: int
     seconds: float
     rounds: int
     amp_dtype: str
-
-    @classmethod
-    def on(cls, device: str, *args) -> "Stopwatch":
-        """On "cpu", "cuda", or "auto": the GPU where there is one."""
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch finds no GPU here; leave --device out to measure the CPU")
-        return cls(torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"), *args)
 
     def step(self, model: nn.Module, *shape: int) -> Step:
         """A forward pass of `model`, in evaluation mode, over a batch of random inputs of `shape`."""
@@ -48,47 +88,31 @@ class Stopwatch:
         return run
 
     def compare(self, builders: Mapping[str, Callable[[], Step]]) -> dict[str, float | None]:
-        """Images per second of each step that the functions build; see `interleaved`."""
-        return interleaved(builders, self.batch_size, self.device, self.seconds, self.rounds)
+        """Images per second of the step that each function builds, the median; None if it does not fit in memory."""
+        out_of_memory: set[str] = set()
 
-    @property
-    def notes(self) -> list[str]:
-        return [
-            f"Measured: inference on {self.slug}, {self.amp_dtype}, {self.batch_size} images at a time, median of "
-            f"{self.rounds} rounds in which each has a turn of {self.seconds:g} s.",
-        ]
-
-    @property
-    def slug(self) -> str:
-        """The device, for the name of a file: "cpu", "nvidia-h200"."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def interleaved(
-    builders: Mapping[str, Callable[[], Step]], images: int, device: torch.device, seconds: float, rounds: int
-) -> dict[str, float | None]:
-    """Images per second of each step, the median over `rounds`; None where one does not fit into the memory.
-
-    In each round everything has its turn of `seconds`, so that a machine that slows down or speeds up meanwhile does
-    so to all alike. Only one thing is in memory at a time: what a builder returns is built for its turn.
-
-    Args:
-        builders: name → function that builds the step, which handles `images` of them.
-    """
-    rates: dict[str, list[float]] = {name: [] for name in builders}
-    lost: set[str] = set()
-    for number in range(1, rounds + 1):
-        for name, build in builders.items():
-            if name in lost:
-                continue
+        @torch.inference_mode()
+        def turn(name: str) -> float | None:
+            if name in out_of_memory:
+                return None
             try:
-                with torch.inference_mode():
-                    rates[name].append(train_step.measure(build(), images, device, seconds, runs=1))
-                log.info("round %d/%d  %-45s %10.2f images/s", number, rounds, name, rates[name][-1])
+                rate = images_per_second(builders[name](), self.batch_size, self.device, self.seconds, runs=1)
             except torch.OutOfMemoryError as error:
-                lost.add(name)
-                log.warning("%s does not fit into the memory: %s", name, str(error).splitlines()[0])
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    return {name: None if name in lost else statistics.median(values) for name, values in rates.items()}
+                out_of_memory.add(name)
+                log.warning("%s does not fit in memory: %s", name, str(error).splitlines()[0])
+                return None
+            finally:
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            log.info("%-45s %10.2f images/s", name, rate)
+            return rate
+
+        rates = interleave({name: partial(turn, name) for name in builders}, self.rounds)
+        return {name: None if None in values else statistics.median(values) for name, values in rates.items()}
+
+    @property
+    def note(self) -> str:
+        return (
+            f"Measured: inference on {device_slug(self.device)}, {self.amp_dtype}, {self.batch_size} images at a time, "
+            f"median of {self.rounds} rounds in which each has a turn of {self.seconds:g} s."
+        )

@@ -62,13 +62,23 @@ def seconds_for(step: Callable[[], object], times: int, device: torch.device) ->
     return time.perf_counter() - start
 
 
+def calibrate(step: Callable[[], object], images: int, device: torch.device, seconds: float) -> Callable[[], float]:
+    """Warms `step` up and returns a function that runs it for about `seconds` and returns images/s.
+
+    Args:
+        images: how many images one call of `step` handles.
+    """
+    seconds_for(step, 2, device)  # warm-up: kernels are chosen, memory is allocated
+    times = max(1, round(seconds / seconds_for(step, 1, device)))
+    return lambda: times * images / seconds_for(step, times, device)
+
+
 def images_per_second(
     step: Callable[[], object], images: int, device: torch.device, seconds: float = 2.0, runs: int = 5
 ) -> float:
     """Returns the images/s of `step`, which handles `images` images: the median of `runs` runs of `seconds` each."""
-    seconds_for(step, 2, device)  # warm-up: kernels are chosen, memory is allocated
-    times = max(1, round(seconds / seconds_for(step, 1, device)))
-    return statistics.median(times * images / seconds_for(step, times, device) for _ in range(runs))
+    run = calibrate(step, images, device, seconds)
+    return statistics.median(run() for _ in range(runs))
 
 
 def _measure_and_log(

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import main
-from benchmarks import throughput
 from config import get_config
 from models.build import build_model
 from models.count import count_macs, count_parameters
@@ -127,26 +126,6 @@ def test_architecture_names_every_module():
                 assert re.search(rf"\b{path.name}\b", text), f"docs/ARCHITECTURE.md does not mention {path}"
     for path in REPO_ROOT.glob("*.py"):
         assert path.name in text, f"docs/ARCHITECTURE.md does not mention {path}"
-
-
-def test_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs the real comparison with a small model for a short time."""
-    from timm import create_model
-
-    small = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
-    monkeypatch.setattr(throughput.timm, "create_model", lambda name, **kwargs: create_model(name, **kwargs, **small))
-    opts = [word for key, value in small.items() for word in (f"MODEL.SWIN.{key.upper()}", list_or_number(value))]
-    tiny = get_config(str(throughput.CONFIG), opts)
-    monkeypatch.setattr(throughput, "get_config", lambda path: tiny)
-    table = tmp_path / "table.md"
-    assert throughput.main(["--batch-size", "2", "--seconds", "0.01", "--turns", "1", "--write", str(table)]) == 0
-    text = table.read_text()
-    assert len(re.findall(r"\| (?:inference|training), (?:float32|bfloat16) \|", text)) == 4
-    assert "torch 2" in text and "python -m benchmarks.throughput" in text
-
-
-def list_or_number(value):
-    return list(value) if isinstance(value, tuple) else value
 
 
 @pytest.mark.slow

@@ -1,30 +1,34 @@
-"""benchmarks/loader.py: one command, with and without images; what it counts; mistakes."""
+"""benchmarks/loader*.py: the command with and without images, what it measures, mistakes."""
 
 import csv
+import os
+import time
 import zipfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from benchmarks import loader, loader_system, pictures
-from benchmarks.loader_pipelines import Running, cpu_seconds, own_eval, own_train, same_evaluation
+from benchmarks import jpegs, loader, loader_system
+from benchmarks.loader_pipelines import RunningPipeline, count_equal_eval_images, cpu_seconds, own_eval, own_train
 from tests._images import draw, encode
 
 SMALL = ["--limit", "6", "--rounds", "1", "--batches", "1", "--batch-size", "2", "--workers", "1"]
 
 
 @pytest.fixture(autouse=True)
-def user_cache(tmp_path_factory, monkeypatch):
+def user_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
-def root(tmp_path):
-    return pictures.write_folder(tmp_path / "images", [encode(draw(i, (300, 280))) for i in range(4)])
+def root(tmp_path: Path) -> Path:
+    return jpegs.write_folder(tmp_path / "images", [encode(draw(i, (300, 280))) for i in range(4)])
 
 
-def test_stages_are_measured_and_written(tmp_path, capsys):
+def test_stages_are_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert loader.main([*SMALL, "--only", "stages", "--output", str(tmp_path)]) == 0
-    assert "made-up JPEGs (none were given), on average 500 × 375 pixels" in capsys.readouterr().out
+    assert "synthetic JPEGs (none were given), on average 500 × 375 pixels" in capsys.readouterr().out
     (written,) = tmp_path.glob("loader-*.csv")
     with open(written, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -36,8 +40,8 @@ def test_stages_are_measured_and_written(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_everything_is_measured(tmp_path):
-    """All that needs no GPU and no hour; real images as a zip."""
+def test_everything_is_measured(tmp_path: Path):
+    """The parts that are fast without a GPU, with images from a zip."""
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for i in range(6):
             archive.writestr(f"{i}.JPEG", encode(draw(i, (320, 280))))
@@ -50,46 +54,41 @@ def test_everything_is_measured(tmp_path):
     assert "packed at 400 pixels" in text and "6 JPEGs of images.zip" in text
 
 
-def test_the_evaluation_of_the_table_is_the_originals(root):
-    same, of = same_evaluation(root)
-    assert same == of == 4
+def test_evaluation_images_are_bitwise_equal_to_the_original(root: Path):
+    equal, total = count_equal_eval_images(root)
+    assert equal == total == 4
 
 
-def test_pipelines_do_not_end(root):
-    with own_train(root, "auto")(2, 0) as arriving:
-        assert [len(next(arriving)["target"]) for _ in range(5)] == [2] * 5
-    with own_eval(root, "reference")(3, 0) as arriving:
-        targets = [label for _ in range(4) for label in next(arriving)["target"].tolist()]
+def test_pipelines_do_not_end(root: Path):
+    with own_train(root, "auto")(2, 0) as batches:
+        assert [len(next(batches)["target"]) for _ in range(5)] == [2] * 5
+    with own_eval(root, "reference")(3, 0) as batches:
+        targets = [label for _ in range(4) for label in next(batches)["target"].tolist()]
     assert targets == [0, 1, 2, 3] * 3
 
 
-def test_processor_time_is_that_of_the_process():
-    import os
-    import time
-
+def test_cpu_seconds_agrees_with_process_time():
     before, clock = cpu_seconds(os.getpid()), time.process_time()
     sum(range(10**6))
     assert cpu_seconds(os.getpid()) - before == pytest.approx(time.process_time() - clock, abs=0.01)
 
 
-def test_a_turn_counts_what_both_processes_did(monkeypatch):
-    clock = {"worker": 10.0, "here": 1.0}
+def test_turn_counts_cpu_time_of_worker_and_main_process(monkeypatch: pytest.MonkeyPatch):
+    clock = {"worker": 10.0, "main": 1.0}
 
-    def work():
+    def batches() -> Iterator[dict]:
         while True:
             clock["worker"] += 0.3
-            clock["here"] += 0.1
+            clock["main"] += 0.1
             yield {}
 
-    monkeypatch.setattr(Running, "settle", lambda self: clock["worker"])
-    monkeypatch.setattr("benchmarks.loader_pipelines.time.process_time", lambda: clock["here"])
-    running = Running("any", work(), 0)
-    running.turn(5, 4)
-    assert running.costs == [pytest.approx((0.3 + 0.1) / 4)]
+    monkeypatch.setattr(RunningPipeline, "cpu_seconds_used", lambda self: clock["worker"])
+    monkeypatch.setattr("benchmarks.loader_pipelines.time.process_time", lambda: clock["main"])
+    assert RunningPipeline(batches(), 0).turn(5, 4) == pytest.approx(4 / (0.3 + 0.1))
 
 
-def test_training_from_files_is_compared_with_one_batch(root):
-    """What a GPU is measured with, on a small model and the CPU."""
+def test_training_from_files_is_compared_with_one_batch(root: Path):
+    """The GPU measurement, with a small model on the CPU."""
     small = ["DATA.BATCH_SIZE", 2, "MODEL.SWIN.EMBED_DIM", 12, "MODEL.SWIN.DEPTHS", [1, 1, 1, 1],
              "MODEL.SWIN.NUM_HEADS", [1, 1, 1, 1], "AMP_ENABLE", False]  # fmt: skip
     backends = ["reference", "gpu"]
@@ -101,23 +100,23 @@ def test_training_from_files_is_compared_with_one_batch(root):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--images", "nowhere.zip"], "--images nowhere.zip cannot be read"),
-        (["--rounds", "0"], "--rounds 0: it must be at least 1"),
+        (["--rounds", "0"], "--rounds: '0' is no number from 1"),
         (["--only", "nothing"], "invalid choice"),
         (["--image", "x"], "--image"),
     ],
 )
-def test_mistakes(capsys, words, said):
+def test_mistakes_end_with_code_2(capsys: pytest.CaptureFixture, words: list[str], message: str):
     assert loader.main(words) == 2
     error = capsys.readouterr().err
-    assert said in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error
 
 
-def test_a_zip_without_sound_jpegs_is_refused(tmp_path, capsys):
-    for name, content, said in (("a.txt", b"", "has no JPEGs"), ("a.jpg", b"no image", "a.jpg: not an image")):
+def test_zip_without_valid_jpegs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for name, content, message in (("a.txt", b"", "has no JPEGs"), ("a.jpg", b"no image", "a.jpg: not an image")):
         with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
             archive.writestr(name, content)
         assert loader.main(["--images", str(tmp_path / "x.zip")]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err

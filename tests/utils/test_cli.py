@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tables, throughput
+from benchmarks import loader, tables, throughput
 from tools import convert_weights, models, plot_run
 from utils.cli import as_user_error, number, run_cli
 from utils.errors import TrainingDiverged, UserError
@@ -73,13 +73,13 @@ def test_programs_refuse_nonsense_with_a_message(tmp_path: Path, capsys):
     for program, words in (
         (throughput.main, ["--batch-size", "0"]),
         (throughput.main, ["--batch-size", "many"]),
-        (throughput.main, ["--turns", "-1"]),
+        (throughput.main, ["--rounds", "-1"]),
         (throughput.main, ["--seconds", "nan"]),
-        (throughput.main, ["--images", f"{tmp_path}/nowhere.zip"]),
-        (throughput.main, ["--images", f"{tmp_path}/no.zip"]),
-        (throughput.main, ["--images", f"{tmp_path}/none.zip"]),
-        (throughput.main, ["--images", f"{tmp_path}/bad.zip"]),
-        (throughput.main, ["--images", str(tmp_path)]),
+        (loader.main, ["--images", f"{tmp_path}/nowhere.zip"]),
+        (loader.main, ["--images", f"{tmp_path}/no.zip"]),
+        (loader.main, ["--images", f"{tmp_path}/none.zip"]),
+        (loader.main, ["--images", f"{tmp_path}/bad.zip"]),
+        (loader.main, ["--images", str(tmp_path)]),
         (tables.main, []),
         (tables.main, ["6"]),
         (tables.main, ["1", "--batch-size", "-1", "--output", ""]),

@@ -228,10 +228,10 @@ def test_without_triton(monkeypatch):
 
 def test_bytes_are_counted_without_a_gpu():
     """The kernels read and write each tensor once, shifted or not; SDPA also reads a mask for every image."""
-    from benchmarks.window_attention import STAGES, Use, counted
+    from benchmarks.window_attention import STAGES, AttentionCall, count_bytes
 
-    floor = Use(STAGES[2], False, "reference", 3, "cpu").floor()
-    triton, shifted = (counted(STAGES[2], shift, "triton", 3) for shift in (False, True))
-    sdpa, sdpa_shifted = (counted(STAGES[2], shift, "sdpa", 3) for shift in (False, True))
+    floor = AttentionCall(STAGES[2], False, "reference", 3, "cpu").floor()
+    triton, shifted = (count_bytes(STAGES[2], shift, "triton", 3) for shift in (False, True))
+    sdpa, sdpa_shifted = (count_bytes(STAGES[2], shift, "sdpa", 3) for shift in (False, True))
     assert triton == shifted == floor
     assert sdpa[0] > 1.5 * floor[0] and sdpa_shifted[0] > 2 * sdpa[0] and sdpa[1] > 1.5 * floor[1]

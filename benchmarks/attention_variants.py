@@ -1,6 +1,6 @@
-"""The other ways to attend that the paper's Table 5 compares, each made from a `WindowAttention` and its parameters.
+"""The attention variants of the paper's Table 5, each made from a `WindowAttention` and its parameters.
 
-Made to be measured, by the plainest implementation: sliding windows gather every token's neighbours.
+Simple implementations for measurements: sliding windows gather every token's neighbours.
 Shapes: `B` batch, `H W` token grid, `C` channels, `nW` windows, `M` side of a window, `N` tokens in a window,
 `nH` heads, `d` head width, `m` random features.
 """
@@ -18,7 +18,7 @@ from models.ops.window import MASK_VALUE, ShiftedWindows, padded_length, window_
 class PaddedWindows(ShiftedWindows):
     """Shifted windows without the cyclic shift: the smaller windows at the borders are padded to full size.
 
-    The same function as `ShiftedWindows`, of up to one more window along each axis (section 3.2, figure 4).
+    Computes the same function as `ShiftedWindows`, with up to one more window along each axis (section 3.2, figure 4).
     """
 
     cyclic = False
@@ -28,7 +28,7 @@ class PaddedWindows(ShiftedWindows):
         self.register_buffer("attn_mask", self.mask(*map_size), persistent=False)
 
     def margins(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Padding (before, after) the rows and the columns: the first cut lies `shift` tokens inside the map."""
+        """Padding (before, after) of the rows and the columns: the first window border is `shift` tokens inside."""
         sides = []
         for length, shift in zip((height, width), self.shifts(height, width), strict=True):
             before = -shift % self.window
@@ -36,14 +36,14 @@ class PaddedWindows(ShiftedWindows):
         return sides[0], sides[1]
 
     def mask(self, height: int, width: int, device: torch.device | None = None) -> Tensor | None:
-        """(nW, N, N): keeps what is padded and what is not apart; None where nothing is padded."""
+        """(nW, N, N): separates padding from real tokens; None if nothing is padded."""
         (top, bottom), (left, right) = self.margins(height, width)
         if not (top or bottom or left or right):
             return None
         real = F.pad(torch.ones(1, height, width, 1, device=device), (0, 0, left, right, top, bottom))
         real = window_partition(real, self.window)[0, :, :, 0]  # (nW, N)
-        apart = real[:, :, None] != real[:, None, :]
-        return torch.zeros(apart.shape, device=device).masked_fill(apart, MASK_VALUE)
+        separate = real[:, :, None] != real[:, None, :]
+        return torch.zeros(separate.shape, device=device).masked_fill(separate, MASK_VALUE)
 
     def columns(self, width: int) -> int:
         left, right = self.margins(width, width)[1]
@@ -62,10 +62,10 @@ class PaddedWindows(ShiftedWindows):
 
 
 class SlidingWindowAttention(nn.Module):
-    """Every token attends to the M × M tokens around it, as far as they lie in the map. Naive: all keys and values are
-    gathered for each token, M² copies of the map.
+    """Every token attends to the M × M tokens around it that are inside the map.
 
-    An even M has one row and column more before the token than after it.
+    Naive: keys and values are gathered for each token, M² copies of the map. An even M has one row and column more
+    before the token than after it.
     """
 
     def __init__(self, attention: WindowAttention):
@@ -74,13 +74,13 @@ class SlidingWindowAttention(nn.Module):
         self.window = attention.windows.window
         self.qkv, self.proj = attention.qkv, attention.proj
         self.relative_position_bias_table = attention.relative_position_bias_table
-        offsets = self.window // 2 - torch.arange(self.window)  # of the query from each key, along an axis
-        places = offsets + self.window - 1
-        index = places[:, None] * (2 * self.window - 1) + places[None, :]
+        offsets = self.window // 2 - torch.arange(self.window)  # query minus key position, along an axis
+        offsets = offsets + self.window - 1
+        index = offsets[:, None] * (2 * self.window - 1) + offsets[None, :]
         self.register_buffer("bias_index", index.flatten(), persistent=False)
 
     def neighbours(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, M², H·W): for each token those around it, zeros outside of the map."""
+        """(B, C, H, W) to (B, C, M², H·W): the tokens around each token, zeros outside the map."""
         before, after = self.window // 2, self.window - 1 - self.window // 2
         return F.unfold(F.pad(x, (before, after, before, after)), self.window).unflatten(1, (x.shape[1], -1))
 
@@ -101,9 +101,9 @@ class SlidingWindowAttention(nn.Module):
 
 class PerformerAttention(nn.Module):
     """Every token attends to the whole map, in time linear in its size: FAVOR+ (Choromanski et al., 2021, "Rethinking
-    Attention with Performers"), positive random features of the softmax kernel, orthogonal, m = d · ln d of them.
+    Attention with Performers") with m = d · ln d positive orthogonal random features of the softmax kernel.
 
-    There is no place in it for a relative position bias.
+    It cannot have a relative position bias.
     """
 
     def __init__(self, attention: WindowAttention, features: int | None = None):
@@ -118,13 +118,13 @@ class PerformerAttention(nn.Module):
         """(B, nH, H·W, d) to (B, nH, H·W, m) positive features, up to a factor for each slice along `dims`."""
         x = x * x.shape[-1] ** -0.25
         exponents = x @ self.directions.T - x.square().sum(-1, keepdim=True) / 2
-        return (exponents - exponents.amax(dims, keepdim=True)).exp() + 1e-4  # no feature of a token is ever 0
+        return (exponents - exponents.amax(dims, keepdim=True)).exp() + 1e-4  # keeps every feature positive
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
         qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))  # (B, H·W, 3, nH, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, nH, H·W, d) each
-        # A query's factor cancels by itself, a key's only where all keys of the map have the same one.
+        # A query's factor cancels; a key's cancels only if all keys of the map have the same one.
         q, k = self.feature_map(q, (-1,)), self.feature_map(k, (-2, -1))
         out = q @ (k.transpose(-2, -1) @ v) / (q @ k.sum(-2, keepdim=True).transpose(-2, -1))
         return self.proj(out.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]))
@@ -138,38 +138,38 @@ def orthogonal_directions(count: int, width: int, seed: int = 0) -> Tensor:
         gaussian = torch.randn(width, width, generator=generator)
         lengths = torch.randn(width, width, generator=generator).norm(dim=1, keepdim=True)
         q, r = torch.linalg.qr(gaussian)
-        uniform = q * r.diagonal().sign()  # without this, LAPACK's signs would prefer some directions
+        uniform = q * r.diagonal().sign()  # otherwise LAPACK's sign convention would prefer some directions
         blocks.append(uniform.T * lengths)
     return torch.cat(blocks)[:count]
 
 
-def without_shift(attention: WindowAttention) -> nn.Module:
+def disable_shift(attention: WindowAttention) -> nn.Module:
     attention.windows = ShiftedWindows(attention.windows.map_size, attention.windows.window, shifted=False)
     return attention
 
 
-def padded(attention: WindowAttention) -> nn.Module:
+def pad_windows(attention: WindowAttention) -> nn.Module:
     windows = attention.windows
     attention.windows = PaddedWindows(windows.map_size, windows.window, shifted=windows.shift > 0)
     return attention
 
 
-def cyclic(attention: WindowAttention) -> nn.Module:
+def keep(attention: WindowAttention) -> nn.Module:
     return attention
 
 
-WAYS = {  # the paper's names
+VARIANTS = {  # the paper's names
     "sliding window (naive)": SlidingWindowAttention,
     "Performer": PerformerAttention,
-    "window (w/o shifting)": without_shift,
-    "shifted window (padding)": padded,
-    "shifted window (cyclic)": cyclic,
+    "window (w/o shifting)": disable_shift,
+    "shifted window (padding)": pad_windows,
+    "shifted window (cyclic)": keep,
 }
 
 
-def attend(model: nn.Module, way: str) -> nn.Module:
-    """`model` with every window attention replaced by what `way`, one of WAYS, names. Parameters stay."""
+def replace_attention(model: nn.Module, variant: str) -> nn.Module:
+    """Replaces every window attention of `model` by `variant`, a key of VARIANTS. Parameters stay. Returns `model`."""
     for stage in model.layers:
         for block in stage.blocks:
-            block.attn = WAYS[way](block.attn)
+            block.attn = VARIANTS[variant](block.attn)
     return model
