@@ -37,8 +37,8 @@ import torch
 from config import get_config
 from data.build import build_datasets
 from data.codecs.pillow_decode import BadImage
-from data.datasets.base import Images
-from data.datasets.pack_writer import ImageEncoder, ShardWriter, dataset_digest, folder_lock
+from data.datasets.base import Images, dataset_digest
+from data.datasets.pack_writer import ImageEncoder, ShardWriter, folder_lock
 from data.datasets.packed import FORMAT, INDEX, open_packed
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
