@@ -29,7 +29,6 @@ from utils.config.rules import (
     validate_combinations,
 )
 from utils.errors import UserError
-from utils.imagenet import IMAGENET_22K_CLASSES
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from data.datasets.folder import index_folder
 from data.datasets.index import Index, cached
 from data.datasets.map_file import class_names_from_paths, read_map
 from data.datasets.zip_archive import ZipImages, index_zip
+from utils.config.rules import IMAGENET_22K_CLASSES
 from utils.errors import UserError
-from utils.imagenet import IMAGENET_22K_CLASSES
 
 MAX_FILE_BYTES = 1 << 30
 

@@ -10,8 +10,8 @@ from data.build import build_datasets
 from data.codecs.pillow_decode import BadImage
 from data.datasets.base import dataset_digest, open_folder
 from tests._images import EVALUATE, data_config, draw, encode, process, write_folder, write_splits, write_zip
+from utils.config.rules import IMAGENET_22K_CLASSES
 from utils.errors import UserError
-from utils.imagenet import IMAGENET_22K_CLASSES
 
 CLASSES = {"ant": 2, "bee": 1}
 
