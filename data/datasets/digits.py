@@ -10,16 +10,14 @@ Machine Learning Repository, https://doi.org/10.24432/C50P49), licensed CC BY 4.
 """
 
 import logging
-import os
-import shutil
 import sys
-import uuid
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
+from utils.files import replace_atomically
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +38,12 @@ def write_demo(root: Path) -> None:
         raise UserError(f"DATA.DATA_PATH: {root} contains something other than the demo data. Give a new folder.")
     with np.load(DIGITS, allow_pickle=False) as digits:
         images, labels = digits["images"], digits["labels"]
-    temporary = root.with_name(f"{root.name}.{uuid.uuid4().hex}.tmp")
     try:
-        _write(images, labels, temporary)
-        os.replace(temporary, root)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with replace_atomically(root) as temporary:
+            _write(images, labels, temporary)
     except OSError as error:
-        raise UserError(f"DATA.DATA_PATH: {root} cannot be written: {error}. Give another folder.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"DATA.DATA_PATH: {root} cannot be written: {error.strerror or error}. Give another folder.") from error
     log.info("wrote %d digits to %s", len(labels), root)
 
 

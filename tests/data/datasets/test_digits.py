@@ -1,5 +1,6 @@
 """The demo data: every digit of the shipped scans once, in a fixed split, written once as an image folder."""
 
+import errno
 import hashlib
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_mistakes(tmp_path, monkeypatch, caplog):
 
     def fail(images, labels, root):
         root.mkdir()
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(digits, "_write", fail)
     with pytest.raises(UserError, match="disk full"):
