@@ -43,7 +43,8 @@ def write_demo(root: Path) -> None:
         with replace_atomically(root) as temporary:
             _write(images, labels, temporary)
     except OSError as error:
-        raise UserError(f"DATA.DATA_PATH: {root} cannot be written: {error.strerror or error}. Give another folder.") from error
+        reason = error.strerror or error
+        raise UserError(f"DATA.DATA_PATH: {root} cannot be written: {reason}. Give another folder.") from error
     log.info("wrote %d digits to %s", len(labels), root)
 
 
