@@ -1,17 +1,16 @@
-"""The way into `data/`, and its only file that reads the configuration: data sets, training and validation batches.
+"""Builds data sets and batches from the configuration; the only file in `data/` that reads it.
 
 B images of a micro-batch, K classes, S image size.
 """
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from data.datasets import base as datasets
@@ -19,13 +18,22 @@ from data.datasets.base import Images
 from data.datasets.digits import write_demo
 from data.datasets.packed import LAYOUT as LAYOUT_PACKED
 from data.datasets.packed import open_packed
+from data.datasets.timm_datasets import open_timm
 from data.datasets.validate import check_imagenet_order, check_num_classes, check_num_workers, check_same_classes
-from data.loader.loader import BadImageCount, BatchLoader, EvalSamples, TrainSamples, explain_worker_crash
+from data.loader.loader import (
+    BadImageCount,
+    BatchLoader,
+    EvalSamples,
+    LabelledImage,
+    TrainSamples,
+    explain_worker_crash,
+)
 from data.loader.sampler import StreamSampler, eval_indices
+from data.loader.shared_memory import BatchKeys, SampleFn
 from data.transforms.eval_presets import EvalPreset, InputConfig, eval_preset, timm_inputs
 from data.transforms.mixup import Mixer
 from data.transforms.native_transforms import GpuTrainTransform, prepare_eval, prepare_train
-from data.transforms.reference import train_transform
+from data.transforms.reference import Transform, train_transform
 from utils.distributed.process_group import DistInfo, local_rank_zero_first
 from utils.errors import UserError
 from utils.origins import ORIGINS, TORCHVISION_NAMES
@@ -35,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Data:
-    """The data of a run. `train` is None when only evaluating; `class_names` is by label, None when unknown."""
+    """The data of a run. `train` is None for evaluation only; `class_names` is by label, None when unknown."""
 
     train: Images | None
     val: Images
@@ -44,26 +52,27 @@ class Data:
 
 
 def build_datasets(config: CfgNode, dist_info: DistInfo) -> Data:
-    """Opens the data that the configuration names and checks them. On each machine one process goes first, so that
-    what is written once (index, demo, download) is there for the others.
+    """Opens and checks the data that the configuration names.
+
+    One process of each machine goes first, so that the others find what is written once (index, demo, download).
 
     Raises:
-        UserError: the data are missing, of another layout, have another number of classes than MODEL.NUM_CLASSES,
-            other classes in train than in val, or ImageNet-1K's classes in another order.
+        UserError: the data are missing, have another layout, another number of classes than MODEL.NUM_CLASSES,
+            different classes in train and val, or ImageNet-1K's classes in another order.
     """
     root = _data_path(config)
     check_num_workers(config.DATA.NUM_WORKERS, dist_info.local_world_size)
     with local_rank_zero_first(dist_info):
         train = None if config.EVAL_MODE else _open(config, root, "train", dist_info)
         val = _open(config, root, "val", dist_info)
-    what = f"DATA.DATA_PATH {root}"
+    name = f"DATA.DATA_PATH {root}"
     if train is not None:
-        check_same_classes(train.class_names, val.class_names, train.num_classes, val.num_classes, what)
+        check_same_classes(train, val, name)
     if config.DATA.DATASET in ("imagenet", "packed"):
         for images, split in ((train, "train"), (val, "val")):
             if images is not None and images.class_names is not None:
-                check_imagenet_order(images.class_names, f"{what}, {split}")
-    num_classes = check_num_classes(val.num_classes, config.MODEL.NUM_CLASSES, what)
+                check_imagenet_order(images.class_names, f"{name}, {split}")
+    num_classes = check_num_classes(val.num_classes, config.MODEL.NUM_CLASSES, name)
     class_names = val.class_names if train is None or train.class_names is None else train.class_names
     return Data(train, val, num_classes, class_names)
 
@@ -83,7 +92,7 @@ def _data_path(config: CfgNode) -> Path:
 def _open(config: CfgNode, root: Path, split: str, dist_info: DistInfo) -> Images:
     name = config.DATA.DATASET
     if config.DATA.ZIP_MODE:
-        # As in the original, validation images are never copied into memory: they are read once an epoch.
+        # As in the original code, validation images are never copied into memory: they are read once an epoch.
         mode = "part" if split == "val" and config.DATA.CACHE_MODE == "full" else config.DATA.CACHE_MODE
         return datasets.open_zip(root, split, mode, dist_info.local_rank, dist_info.local_world_size)
     if name == "demo":
@@ -94,52 +103,67 @@ def _open(config: CfgNode, root: Path, split: str, dist_info: DistInfo) -> Image
         return datasets.open_folder(root, split)
     if name == "imagenet22K":
         return datasets.open_imagenet_22k(root, split)
-    return datasets.open_timm(name, root, is_training=split == "train")
+    return open_timm(name, root, is_training=split == "train")
 
 
 class TrainBatches:
     """This process's micro-batches of the training stream from `start_samples` to `stop_samples`, on its device.
 
     Yields {'image': (B, 3, S, S) float32, 'target': (B,) int64, or (B, K) float32 when mixing, 'position': stream
-    position of the first sample}. The workers live as long as the iteration and fill ahead across epochs.
+    position of the first sample}. The workers live as long as the iteration and prefetch across epochs.
 
     Attributes:
         wait_seconds: time spent waiting for batches so far.
-        bad_images: different images met so far that could not be used, in this process.
-        loader: what gives batches in the memory of this machine, before anything is on the device.
+        bad_images: number of different images of this process that could not be used so far.
+        loader: gives the same batches in host memory, before augmentation on the device and mixing.
     """
 
-    def __init__(self, config: CfgNode, data: Data, dist_info: DistInfo, start_samples: int, stop_samples: int):
-        """Raises UserError for an odd DATA.BATCH_SIZE with mixing, ValueError if start to stop is not whole updates."""
+    def __init__(
+        self,
+        config: CfgNode,
+        data: Data,
+        dist_info: DistInfo,
+        start_samples: int,
+        stop_samples: int,
+        transform: Transform | None = None,
+        mixer: Mixer | None = None,
+    ):
+        """`transform` and `mixer` are the task's; without a transform both are as the configuration's AUG keys say.
+
+        Raises:
+            UserError: an odd DATA.BATCH_SIZE with mixing.
+            ValueError: start to stop is not a whole number of micro-batches of all processes.
+        """
         if data.train is None:
             raise ValueError("the data were opened for evaluation only")
-        aug, batch_size, inputs = config.AUG, config.DATA.BATCH_SIZE, model_inputs(config)
-        transform = train_transform(
-            config.DATA.IMG_SIZE,
-            hflip=aug.HFLIP,
-            color_jitter=aug.COLOR_JITTER,
-            auto_augment=aug.AUTO_AUGMENT,
-            re_prob=aug.REPROB,
-            re_mode=aug.REMODE,
-            re_count=aug.RECOUNT,
-            interpolation=config.DATA.INTERPOLATION,
-            mean=inputs.mean,
-            std=inputs.std,
-        )
+        if transform is None:
+            transform, mixer = build_train_transform(config), build_mixup(config, data.num_classes)
         prepare = prepare_train(config.DATA.BACKEND, transform)
-        self._augment = prepare.augment if isinstance(prepare, GpuTrainTransform) else None
-        samples = TrainSamples(data.train, prepare, config.SEED, config.DATA.MAX_BAD_IMAGES)
+        samples = TrainSamples(data.train, LabelledImage(prepare), config.SEED, config.DATA.MAX_BAD_IMAGES)
         self.wait_seconds = 0.0
-        self._first = data.train.path(0)
-        self._batch_size = batch_size
+        self._augment = prepare.augment if isinstance(prepare, GpuTrainTransform) else None
+        self._mixer = mixer
+        self._example = data.train.path(0)
+        self._batch_size = config.DATA.BATCH_SIZE
         self._num_workers = config.DATA.NUM_WORKERS
-        self._mixer = _mixer(config, data.num_classes)
         self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "replaced by the next good one")
         self._sampler = StreamSampler(
-            len(data.train), config.SEED, batch_size, dist_info.rank, dist_info.world_size, start_samples, stop_samples
+            n=len(data.train),
+            seed=config.SEED,
+            batch_size=self._batch_size,
+            rank=dist_info.rank,
+            world_size=dist_info.world_size,
+            start=start_samples,
+            stop=stop_samples,
         )
-        on_device = self._augment is not None
-        self.loader = _batch_loader(config, dist_info, samples, self._sampler, self._num_workers, on_device)
+        self.loader = _batch_loader(
+            config,
+            dist_info,
+            samples=samples,
+            keys=self._sampler,
+            num_workers=self._num_workers,
+            as_bytes=self._augment is not None,
+        )
 
     @property
     def bad_images(self) -> int:
@@ -149,47 +173,46 @@ class TrainBatches:
         return len(self._sampler)
 
     def __iter__(self) -> Iterator[dict[str, Tensor | int]]:
-        """Raises UserError when a worker dies or images are bad beyond DATA.MAX_BAD_IMAGES."""
+        """Raises UserError when a worker dies or there are more bad images than DATA.MAX_BAD_IMAGES."""
         with self.loader.started() as batches:
             for position in self._sampler.positions:
-                asked = time.perf_counter()
+                start = time.perf_counter()
                 with explain_worker_crash(self._num_workers):
                     batch = next(batches)
-                self.wait_seconds += time.perf_counter() - asked
+                self.wait_seconds += time.perf_counter() - start
                 self._bad.add(batch["bad"])
-                if len(batch["target"]) < self._batch_size:
+                if len(batch["image"]) < self._batch_size:
                     raise UserError(
-                        "DATA.DATA_PATH: not one of the training images can be read, such as "
-                        f"{self._first}. Check them."
+                        f"DATA.DATA_PATH: none of the training images can be read, such as {self._example}. Check them."
                     )
-                image, target = self.loader.to_device(batch)
+                batch = self.loader.to_device(batch)
+                image, target = batch["image"], batch["target"]
                 if self._augment is not None:
-                    image = self._augment(image, batch["draws"])
+                    image = self._augment(image, batch["aug_params"])
                 if self._mixer is not None:
                     image, target = self._mixer(image, target, position)
                 yield {"image": image, "target": target, "position": position}
 
 
 class ValBatches:
-    """This process's share of the validation images, each once, on its device; can be gone through again and again.
+    """This process's share of the validation images, each once, on its device; can be iterated any number of times.
 
     Yields {'image': (B, 3, S, S) float32, 'target': (B,) int64}; B varies (the last batch, and bad images left out).
     Workers are started for each pass and end with it.
 
     Attributes:
-        bad_images: different images met so far that could not be used, in this process.
-        loader: what gives batches in the memory of this machine, before anything is on the device.
+        bad_images: number of different images of this process that could not be used so far.
+        loader: gives the same batches in host memory.
     """
 
-    def __init__(self, config: CfgNode, data: Data, dist_info: DistInfo, layout: str):
+    def __init__(self, config: CfgNode, data: Data, dist_info: DistInfo, preset: EvalPreset):
         batch_size = config.DATA.BATCH_SIZE
         indices = eval_indices(len(data.val), dist_info.rank, dist_info.world_size)
         batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-        chosen = _eval_preset(config, layout)
-        log.info("validation images are prepared as by %s: %s", chosen.origin, chosen.description)
+        log.info("evaluation preset: %s (%s)", preset.origin, preset.description)
         self._num_workers = min(config.DATA.NUM_WORKERS, len(batches))
         self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "left out")
-        samples = EvalSamples(data.val, prepare_eval(config.DATA.BACKEND, chosen.transform))
+        samples = EvalSamples(data.val, LabelledImage(prepare_eval(config.DATA.BACKEND, preset.transform)))
         self.loader = _batch_loader(config, dist_info, samples, batches, self._num_workers)
 
     @property
@@ -200,28 +223,20 @@ class ValBatches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Raises UserError when a worker dies or images are bad beyond DATA.MAX_BAD_IMAGES."""
+        """Raises UserError when a worker dies or there are more bad images than DATA.MAX_BAD_IMAGES."""
         with self.loader.started() as batches:
             for _ in range(len(self.loader)):
                 with explain_worker_crash(self._num_workers):
                     batch = next(batches)
                 self._bad.add(batch["bad"])
-                if batch["image"] is None:
-                    continue
-                image, target = self.loader.to_device(batch)
-                yield {"image": image, "target": target}
+                if len(batch["image"]):
+                    batch = self.loader.to_device(batch)
+                    yield {"image": batch["image"], "target": batch["target"]}
 
 
-def val_batches(config: CfgNode, data: Data, dist_info: DistInfo, layout: str = "original") -> ValBatches:
-    """The validation images, prepared as TEST.PRESET says; where that is auto, as whoever made the weights does.
-
-    Args:
-        layout: that of the weights to evaluate, as `models.pretrained.load.LoadReport` says; "original" for those trained here.
-
-    Raises:
-        UserError: TEST.PRESET does not go with the model.
-    """
-    return ValBatches(config, data, dist_info, layout)
+def val_batches(config: CfgNode, data: Data, dist_info: DistInfo, weight_format: str = "original") -> ValBatches:
+    """The validation images as `build_eval_preset(config, weight_format)` prepares them."""
+    return ValBatches(config, data, dist_info, build_eval_preset(config, weight_format))
 
 
 def model_inputs(config: CfgNode) -> InputConfig:
@@ -229,35 +244,32 @@ def model_inputs(config: CfgNode) -> InputConfig:
     return timm_inputs(config.MODEL.NAME, config.DATA.IMG_SIZE) if config.MODEL.TYPE == "timm" else InputConfig()
 
 
-def _eval_preset(config: CfgNode, layout: str) -> EvalPreset:
-    kind, origin = config.MODEL.TYPE, config.TEST.PRESET
-    if origin == "auto":
-        origin = "timm" if kind == "timm" else layout if layout in ORIGINS else "original"
-    torchvision_name = ""
-    if kind in ("swin", "swinv2"):
-        model = config.MODEL[kind.upper()]
-        torchvision_name = TORCHVISION_NAMES.get((kind, model.EMBED_DIM, tuple(model.DEPTHS)), "")
-    size, crop, interpolation = config.DATA.IMG_SIZE, config.TEST.CROP, config.DATA.INTERPOLATION
-    if origin != "original" and not crop:
-        log.warning("TEST.CROP False has no effect: images are prepared as by %s (see TEST.PRESET)", origin)
-    return eval_preset(
-        origin,
-        size,
-        crop=crop,
-        interpolation=interpolation,
-        inputs=model_inputs(config),
-        torchvision_name=torchvision_name,
+def build_train_transform(config: CfgNode) -> Transform:
+    """The reference transform of training images, from an RGB image to (3, S, S) float32, with the AUG keys."""
+    aug, inputs = config.AUG, model_inputs(config)
+    return train_transform(
+        size=config.DATA.IMG_SIZE,
+        hflip=aug.HFLIP,
+        color_jitter=aug.COLOR_JITTER,
+        auto_augment=aug.AUTO_AUGMENT,
+        re_prob=aug.REPROB,
+        re_mode=aug.REMODE,
+        re_count=aug.RECOUNT,
+        interpolation=config.DATA.INTERPOLATION,
+        mean=inputs.mean,
+        std=inputs.std,
     )
 
 
-def _mixer(config: CfgNode, num_classes: int) -> Mixer | None:
+def build_mixup(config: CfgNode, num_classes: int) -> Mixer | None:
+    """Mixup and CutMix with the AUG keys, None when both are off. Raises UserError for an odd DATA.BATCH_SIZE."""
     aug = config.AUG
     if aug.MIXUP <= 0 and aug.CUTMIX <= 0 and aug.CUTMIX_MINMAX is None:
         return None
     return Mixer(
-        config.SEED,
-        config.DATA.BATCH_SIZE,
-        num_classes,
+        seed=config.SEED,
+        batch_size=config.DATA.BATCH_SIZE,
+        num_classes=num_classes,
         mixup=aug.MIXUP,
         cutmix=aug.CUTMIX,
         cutmix_minmax=aug.CUTMIX_MINMAX,
@@ -268,15 +280,51 @@ def _mixer(config: CfgNode, num_classes: int) -> Mixer | None:
     )
 
 
+def build_eval_preset(config: CfgNode, weight_format: str = "original") -> EvalPreset:
+    """The preset that TEST.PRESET names; for auto, the one of the code base that the weights come from.
+
+    Args:
+        weight_format: of the weights, as in `models.pretrained.load.LoadReport`; "original" for those trained here.
+
+    Raises:
+        UserError: TEST.PRESET does not fit the model.
+    """
+    kind, origin = config.MODEL.TYPE, config.TEST.PRESET
+    if origin == "auto":
+        origin = "timm" if kind == "timm" else weight_format if weight_format in ORIGINS else "original"
+    torchvision_name = ""
+    if kind in ("swin", "swinv2"):
+        model = config.MODEL[kind.upper()]
+        torchvision_name = TORCHVISION_NAMES.get((kind, model.EMBED_DIM, tuple(model.DEPTHS)), "")
+    if origin != "original" and not config.TEST.CROP:
+        log.warning("TEST.CROP False has no effect: the evaluation preset is %s (see TEST.PRESET)", origin)
+    return eval_preset(
+        origin,
+        size=config.DATA.IMG_SIZE,
+        crop=config.TEST.CROP,
+        interpolation=config.DATA.INTERPOLATION,
+        inputs=model_inputs(config),
+        torchvision_name=torchvision_name,
+    )
+
+
 def _batch_loader(
     config: CfgNode,
     dist_info: DistInfo,
-    samples: Dataset,
-    keys: Sequence[list] | StreamSampler,
+    samples: SampleFn,
+    keys: BatchKeys,
     num_workers: int,
-    on_device: bool = False,
+    as_bytes: bool = False,
 ) -> BatchLoader:
-    """`on_device`: images are sent as bytes, for the device to augment."""
-    size, pin_memory = config.DATA.IMG_SIZE, config.DATA.PIN_MEMORY and dist_info.device.type == "cuda"
-    shape, dtype = ((size, size, 3), torch.uint8) if on_device else ((3, size, size), torch.float32)
-    return BatchLoader(samples, keys, num_workers, dist_info.device, pin_memory, config.DATA.BATCH_SIZE, shape, dtype)
+    """`as_bytes`: images are (S, S, 3) uint8, which the device augments; otherwise (3, S, S) float32."""
+    size = config.DATA.IMG_SIZE
+    image = ((size, size, 3), torch.uint8) if as_bytes else ((3, size, size), torch.float32)
+    return BatchLoader(
+        samples,
+        keys,
+        num_workers=num_workers,
+        device=dist_info.device,
+        pin_memory=config.DATA.PIN_MEMORY and dist_info.device.type == "cuda",
+        batch_size=config.DATA.BATCH_SIZE,
+        specs={"image": image},
+    )

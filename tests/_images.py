@@ -1,4 +1,4 @@
-"""Small drawn images in the layouts that `data/` reads, and the configuration to read them with."""
+"""Small generated images in the layouts that `data/` reads, and a configuration to read them with."""
 
 import io
 import os
@@ -15,19 +15,19 @@ from utils.distributed.process_group import DistInfo
 
 
 def draw(seed: int, size: tuple[int, int] = (40, 36), mode: str = "RGB") -> Image.Image:
-    """A smooth picture of `size` (width, height), different for each seed."""
+    """A smooth image of `size` (width, height), different for each seed."""
     coarse = np.random.RandomState(seed).randint(0, 256, (4, 4, 3)).astype(np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
 
 
-def encode(picture: Image.Image, kind: str = "JPEG", **options) -> bytes:
+def encode(image: Image.Image, format: str = "JPEG", **options: object) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def write_folder(root: Path, counts: dict[str, int], seed: int = 0) -> None:
-    """`root/<class>/<number>.jpg`, `counts[class]` of them."""
+    """Writes `root/<class>/<number>.jpg`, `counts[class]` of them."""
     for c, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for i in range(count):
@@ -41,7 +41,7 @@ def write_splits(root: Path, train: dict[str, int], val: dict[str, int]) -> Path
 
 
 def write_zip(root: Path, split: str, names: list[str], labels: list[int], method: int = zipfile.ZIP_STORED) -> None:
-    """`root/<split>.zip` with a drawn image for each name, and its map."""
+    """Writes `root/<split>.zip` with an image for each name, and its map."""
     root.mkdir(exist_ok=True)
     with zipfile.ZipFile(root / f"{split}.zip", "w", method) as archive:
         for i, name in enumerate(names):
@@ -51,7 +51,7 @@ def write_zip(root: Path, split: str, names: list[str], labels: list[int], metho
 
 
 def age(root: Path, seconds: float = 100) -> None:
-    """Sets everything below `root` back in time, as data that were not written just now."""
+    """Makes everything below `root` older by `seconds`, so that its index is cached."""
     for folder, _, files in os.walk(root, topdown=False):
         for name in [*files, "."]:
             path = os.path.join(folder, name)
@@ -60,12 +60,12 @@ def age(root: Path, seconds: float = 100) -> None:
 
 
 def data_config(root: Path, *opts: object) -> CfgNode:
-    """Defaults, but small, in this process and with the class count from the data; then `opts` (KEY VALUE …)."""
+    """The defaults with small images, no workers and the data's number of classes; then `opts` (KEY VALUE …)."""
     small = ["DATA.DATA_PATH", str(root), "DATA.IMG_SIZE", 48, "DATA.BATCH_SIZE", 4, "DATA.NUM_WORKERS", 0]
     return get_config(None, [*small, "MODEL.NUM_CLASSES", 0, *opts])
 
 
-# Evaluating asks for weights; those who only read the data never open them.
+# Evaluation requires weights; tests that only read data never open them.
 EVALUATE = ("EVAL_MODE", True, "MODEL.RESUME", "unread.pth")
 
 

@@ -1,4 +1,4 @@
-"""A run that takes a second: a small Swin on a few coloured images, by the real main.py."""
+"""A run of main.py that takes a second: a small Swin on a few coloured images."""
 
 import logging
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ COLOURS = {"blue": (30, 30, 220), "green": (30, 220, 30)}
 
 
 def write_images(root: Path, train: int = 20, val: int = 8) -> Path:
-    """`train` and `val` images of two classes below `root`, which is returned."""
+    """Writes `train` and `val` images of two classes below `root`, and returns `root`."""
     for split, count in (("train", train // 2), ("val", val // 2)):
         for name, colour in COLOURS.items():
             (root / split / name).mkdir(parents=True)
@@ -39,15 +39,15 @@ def write_recipe(folder: Path) -> Path:
 
 
 def run_main(argv: Sequence[str]) -> int:
-    """main.py with this command line, in this process, on the CPU; afterwards logging is as before."""
+    """Runs main.py with this command line in this process on the CPU, and restores logging afterwards."""
     import main
 
     logger, is_available = logging.getLogger(), torch.cuda.is_available
-    before, level = list(logger.handlers), logger.level
+    handlers, level = list(logger.handlers), logger.level
     torch.cuda.is_available = lambda: False
     try:
         return main.main([str(word) for word in argv])
     finally:
         torch.cuda.is_available = is_available
-        logger.handlers[:] = before
+        logger.handlers[:] = handlers
         logger.setLevel(level)

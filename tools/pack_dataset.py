@@ -36,8 +36,8 @@ import torch
 from config import get_config
 from data.build import build_datasets
 from data.codecs.pillow_decode import BadImage
-from data.datasets.base import Images
-from data.datasets.pack_writer import ImageEncoder, ShardWriter, dataset_digest, folder_lock
+from data.datasets.base import Images, dataset_digest
+from data.datasets.pack_writer import ImageEncoder, ShardWriter, folder_lock
 from data.datasets.packed import FORMAT, INDEX, open_packed
 from utils.cli import CliParser, number, run_cli
 from utils.distributed.process_group import DistInfo
@@ -192,7 +192,7 @@ def pack_split(options: PackOptions, split: str, images: Images) -> None:
                 folder=folder,
                 settings=settings,
                 names=lambda i: images.path(i).removeprefix(f"{root}/"),
-                packed=partial(map_in_order, encoder, workers=options.workers),
+                encode=partial(map_in_order, encoder, workers=options.workers),
                 progress=PackProgress(split, len(images), folder).add,
                 max_bad=options.max_bad_images,
             ).run()

@@ -1,4 +1,4 @@
-"""Image folders: `<root>/<class>/**/<image>`, classes and images in the order of torchvision's ImageFolder."""
+"""Image folders: `<root>/<class>/**/<image>`, with torchvision's ImageFolder's order of classes and images."""
 
 import logging
 import os
@@ -13,14 +13,14 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 def index_folder(root: Path) -> tuple[Index, list[Path]]:
-    """Walks `root`. Returns its index, and every directory visited (what the index depends on).
+    """Walks `root`. Returns its index, and every directory visited (the index depends on them).
 
     Raises:
-        UserError: no class folders, a class folder without an image, a link that leads back into itself.
+        UserError: no class folders, a class folder without an image, a link to a folder that contains it.
     """
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -31,30 +31,33 @@ def index_folder(root: Path) -> tuple[Index, list[Path]]:
 
     def paths() -> Iterator[str]:
         for label, name in enumerate(names):
-            found = 0
+            count = 0
             for directory, files in sorted(walk.below(root / name, ())):
                 for file in sorted(files):
                     yield f"{directory}/{file}"[len(f"{root}/") :]
                     labels.append(label)
-                    found += 1
-            if not found:
+                    count += 1
+            if not count:
                 raise UserError(
-                    f"The class folder {root / name} has no images (files ending in {', '.join(ENDINGS)}). "
+                    f"The class folder {root / name} has no images (files ending in {', '.join(EXTENSIONS)}). "
                     "Remove the folder, or put the images of this class into it."
                 )
 
     strings = Strings.pack(paths())
     if walk.ignored:
         log.warning(
-            "%s: %d files are not images by their ending and are left out, e.g. %s", root, walk.ignored, walk.example
+            "%s: %d files do not have the extension of an image and are ignored, e.g. %s",
+            root,
+            walk.ignored,
+            walk.example,
         )
     if walk.hidden:
-        log.warning("%s: %d hidden files or folders (names with a dot at the start) are left out", root, walk.hidden)
+        log.warning("%s: %d hidden files or folders (names that begin with a dot) are ignored", root, walk.hidden)
     return Index(strings, np.array(labels, np.int32), names), walk.visited
 
 
 class _Walk:
-    """Directories visited so far, and the files in them that are no images."""
+    """Counts the files that are not images, and remembers the visited directories."""
 
     def __init__(self, root: Path):
         self.visited = [root]
@@ -63,7 +66,10 @@ class _Walk:
         self.example = ""
 
     def below(self, directory: Path, ancestors: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, list[str]]]:
-        """(directory, names of the images in it) for `directory` and all below it; links are followed."""
+        """(directory, names of the images in it) for `directory` and all below it; links are followed.
+
+        `ancestors`: (device, inode) of the directories above.
+        """
         status = directory.stat()
         identity = (status.st_dev, status.st_ino)
         if identity in ancestors:
@@ -76,7 +82,7 @@ class _Walk:
                     self.hidden += 1
                 elif entry.is_dir():
                     folders.append(entry.name)
-                elif entry.name.lower().endswith(ENDINGS) and entry.is_file():
+                elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
                     files.append(entry.name)
                 else:
                     self.ignored += 1

@@ -1,8 +1,8 @@
-"""What a data set consists of (a path and a label for each image), in flat buffers and cached on disk.
+"""The index of a data set (path and label of each image), in numpy buffers and cached on disk.
 
-Millions of Python strings would be copied into every forked worker as soon as their reference counts are touched;
-numpy buffers are not. The cache is valid for as long as every directory and file it was made from has the same time
-stamp, so a second start looks at some thousand directories and not at millions of files.
+Reading a Python string changes its reference count, so every forked worker would copy millions of them; numpy buffers
+stay shared. The cache is valid while every directory and file that it was made from keeps its modification time, so a
+second start checks some thousand directories and not millions of files.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import time
-import uuid
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,24 +17,25 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.files import write_atomically
 from utils.paths import user_cache_dir
 
 log = logging.getLogger(__name__)
 
-# Part of every cache: raise it when what an index holds changes, or when other files count as images.
-FORMAT = 2
+# Part of every cache: raise it when the contents of an index change, or when other files count as images.
+FORMAT = 3
 
-# A change within the clock tick of the scan leaves the same time stamp. What is younger than this is not cached yet.
-SETTLED_NS = 2_000_000_000
+# A change within the clock tick of the scan keeps the modification time, so data younger than this are not cached yet.
+MIN_AGE_NS = 2_000_000_000
 
 
 class Strings:
-    """A list of strings in two numpy buffers: all bytes, and where each string ends."""
+    """A list of strings in two numpy buffers: all bytes, and the end of each string in them."""
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray):
-        """`blob` (bytes,) uint8; `ends` (n,) int64, rising. Raises ValueError when they do not fit each other."""
+        """`blob` (bytes,) uint8; `ends` (n,) int64, not decreasing. Raises ValueError when they do not match."""
         if len(ends) and (ends[0] < 0 or ends[-1] != len(blob) or np.any(np.diff(ends) < 0)):
-            raise ValueError("the ends of the strings do not fit their bytes")
+            raise ValueError("the ends of the strings do not match their bytes")
         self.blob = blob
         self.ends = ends
 
@@ -59,10 +59,10 @@ class Strings:
 
 @dataclass(frozen=True)
 class Index:
-    """Every image of one split.
+    """The images of one split.
 
     paths: relative to the folder or zip of the split; labels: (n,) int32; class_names: by label, None when unknown;
-    columns: further numbers for each image, (n,) each (where its bytes lie in a zip).
+    columns: further numbers for each image, (n,) each (such as the position of its bytes in a zip).
     """
 
     paths: Strings
@@ -75,79 +75,66 @@ class Index:
 
 
 def cached(root: Path, name: str, build: Callable[[], tuple[Index, list[Path]]]) -> Index:
-    """The index `name` of the data in `root`, from its cache where that is valid, else from `build`.
+    """The index `name` of the data in `root`, from its cache if that is valid, else from `build`.
 
     Args:
-        build: makes the index, and says which directories and files below `root` it depends on.
+        build: makes the index, and lists the directories and files below `root` that it depends on.
 
-    The cache lies in `root`, or in the user's cache folder where `root` may not be written. It is written aside and
-    renamed, holds plain arrays only (nothing in it is executed), and is rebuilt when it is damaged.
+    The cache is in `root`, or in the user's cache folder when `root` is read-only. It is written atomically, contains
+    plain arrays only (loading it executes nothing), and is rebuilt when it is damaged.
     """
-    places = [root / f".swin_index_{name}.npz", _user_cache() / f"{_digest(root)}_{name}.npz"]
-    for place in places:
-        index = _load(place, root)
+    cache_files = [root / f".swin_index_{name}.npz", user_cache_dir() / f"{_path_digest(root)}_{name}.npz"]
+    for cache_file in cache_files:
+        index = _load(cache_file, root)
         if index is not None:
             return index
     started = time.time_ns()
     index, sources = build()
     stamps = {os.path.relpath(source, root): _stamp(source) for source in sources}
     log.info("indexed %d images of %s in %.1f s", len(index), root / name, (time.time_ns() - started) / 1e9)
-    if any(stamp[0] > started - SETTLED_NS for stamp in stamps.values()):
+    if any(stamp[0] > started - MIN_AGE_NS for stamp in stamps.values()):
         log.info("%s was changed just now: its index is cached at a later start", root)
     else:
-        _save(places, index, stamps)
+        _save(cache_files, index, stamps)
     return index
 
 
-def _user_cache() -> Path:
-    return user_cache_dir()
-
-
-def _digest(root: Path) -> str:
+def _path_digest(root: Path) -> str:
     return hashlib.blake2b(os.fsencode(root.resolve()), digest_size=16).hexdigest()
 
 
 def _stamp(path: Path) -> list[int]:
-    """Modification time (ns); for a file its size too (a directory's means nothing)."""
+    """Modification time (ns), and the size of a file."""
     status = path.stat()
     return [status.st_mtime_ns] if path.is_dir() else [status.st_mtime_ns, status.st_size]
 
 
-def _save(places: list[Path], index: Index, stamps: dict[str, list[int]]) -> None:
+def _save(cache_files: list[Path], index: Index, stamps: dict[str, list[int]]) -> None:
     head = {"format": FORMAT, "stamps": stamps, "class_names": index.class_names}
     arrays = {"head": np.frombuffer(json.dumps(head).encode(), np.uint8), "labels": index.labels}
     arrays |= {"blob": index.paths.blob, "ends": index.paths.ends}
     arrays |= {f"column_{name}": values for name, values in index.columns.items()}
-    for place in places:
+    for cache_file in cache_files:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            _write_aside(place, arrays)
-            if place != places[0]:
-                log.info("the data are read-only: their index is cached at %s", place)
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            if not cache_file.parent.stat().st_mode & 0o222:  # root could write there nevertheless, but should not
+                raise PermissionError(f"{cache_file.parent} is marked read-only")
+            write_atomically(cache_file, lambda file: np.savez(file, **arrays))
+            if cache_file != cache_files[0]:
+                log.info("the data are read-only: their index is cached at %s", cache_file)
             return
         except OSError as error:
-            log.info("the index is not cached at %s: %s", place, error)
+            log.info("the index is not cached at %s: %s", cache_file, error)
     log.warning(
         "the index of the data could not be cached, so every start reads all folders. Set XDG_CACHE_HOME to a "
-        "folder that can be written."
+        "writable folder."
     )
 
 
-def _write_aside(place: Path, arrays: dict[str, np.ndarray]) -> None:
-    if not place.parent.stat().st_mode & 0o222:  # root may write there all the same, and is not meant to
-        raise PermissionError(f"{place.parent} is marked read-only")
-    aside = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
+def _load(cache_file: Path, root: Path) -> Index | None:
+    """The index in `cache_file`; None when it is missing, out of date or damaged."""
     try:
-        with open(aside, "xb") as file:
-            np.savez(file, **arrays)
-        os.replace(aside, place)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _load(place: Path, root: Path) -> Index | None:
-    try:
-        with np.load(place, allow_pickle=False) as arrays:
+        with np.load(cache_file, allow_pickle=False) as arrays:
             head = json.loads(arrays["head"].tobytes())
             if head["format"] != FORMAT or any(_stamp(root / path) != stamp for path, stamp in head["stamps"].items()):
                 return None
@@ -155,11 +142,11 @@ def _load(place: Path, root: Path) -> Index | None:
             index = Index(Strings(arrays["blob"], arrays["ends"]), arrays["labels"], head["class_names"], columns)
     except FileNotFoundError:  # no cache yet, or a directory that it was made from is gone
         return None
-    except Exception as error:  # damaged files make zipfile and numpy raise almost anything; none of it gets further
-        log.warning("the cached index %s cannot be used and is made anew: %s", place, error)
+    except Exception as error:  # zipfile and numpy raise almost any exception for damaged files
+        log.warning("the cached index %s cannot be used and is rebuilt: %s", cache_file, error)
         return None
     if not head["stamps"] or not _is_consistent(index):
-        log.warning("the cached index %s is inconsistent and is made anew", place)
+        log.warning("the cached index %s is inconsistent and is rebuilt", cache_file)
         return None
     return index
 

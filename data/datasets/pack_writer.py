@@ -1,11 +1,10 @@
-"""Writing packed data (data/datasets/packed.py): images are made smaller and encoded in tiles, and shards are filled with them.
+"""Writes packed data (data/datasets/packed.py): downscales images, encodes them as tiled JPEGs, and fills shards.
 
-A shard appears under its name when it is complete, with an index of its own; the index of the split is written when all
-shards are there. So packing that was interrupted goes on behind the last complete shard.
+A shard gets its name when it is complete, and then an index of its own; the index of the split is written when all
+shards are complete. So packing that was interrupted continues after the last complete shard.
 """
 
 import fcntl
-import hashlib
 import io
 import logging
 import os
@@ -29,12 +28,12 @@ from utils.files import TEMPORARY, write_atomically
 
 log = logging.getLogger(__name__)
 
-LOSSLESS_UP_TO = 64  # longer side, pixels: images as small as that would suffer from JPEG, and gain nothing
+MAX_LOSSLESS_SIZE = 64  # longer side, pixels: JPEG would damage such small images and save nothing
 SHARD_BYTES = 1 << 31
 
 
 class EncodedImage(NamedTuple):
-    """One image on its way: `content` is None where it is bad, and `reason` then says why."""
+    """The bytes to store and the label of one image; for a bad image `content` is None and `reason` is why."""
 
     content: bytes | None
     label: int
@@ -43,7 +42,7 @@ class EncodedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """What becomes of each image of a split. `size` (longer side, pixels) None: it stays as it is."""
+    """Encodes the images of a split for storage. `size`: longer side in pixels, None to store them unchanged."""
 
     images: Images
     size: int | None
@@ -52,43 +51,34 @@ class ImageEncoder:
     def __call__(self, i: int) -> EncodedImage:
         try:
             source, label = self.images.read(i)
-            picture = decode(source, self.images.path(i))
+            image = decode(source, self.images.path(i))
         except BadImage as error:
             return EncodedImage(None, -1, str(error))
         if self.size is None:
-            return EncodedImage(source if isinstance(source, bytes) else encode_png(picture), label)
-        if max(picture.size) <= LOSSLESS_UP_TO:
-            return EncodedImage(encode_png(picture), label)
-        return EncodedImage(encode(downscale(picture, self.size), self.quality), label)
+            return EncodedImage(source if isinstance(source, bytes) else encode_png(image), label)
+        if max(image.size) <= MAX_LOSSLESS_SIZE:
+            return EncodedImage(encode_png(image), label)
+        return EncodedImage(encode(downscale(image, self.size), self.quality), label)
 
 
-def encode_png(picture: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def downscale(picture: Image.Image, size: int) -> Image.Image:
-    """`picture` with a longer side of at most `size` pixels, at the same ratio of sides."""
-    factor = size / max(picture.size)
+def downscale(image: Image.Image, size: int) -> Image.Image:
+    """`image` with a longer side of at most `size` pixels and the same aspect ratio."""
+    factor = size / max(image.size)
     if factor >= 1:
-        return picture
-    width, height = (max(1, round(side * factor)) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def dataset_digest(images: Images) -> str:
-    """What tells one data set from another: how many images, and a digest of their names and labels where listed."""
-    index = getattr(images, "index", None)
-    if index is None:
-        return f"{len(images)} images"
-    digest = hashlib.blake2b(index.paths.blob.tobytes() + index.labels.tobytes(), digest_size=8).hexdigest()
-    return f"{len(images)} images, {digest}"
+        return image
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 @dataclass
 class Shard:
-    """What has been written into a shard: a row for each image; `next` is the number of the image to go on with."""
+    """The images written to a shard so far, a row for each; `next` is the index of the image to continue with."""
 
     number: int
     next: int
@@ -111,43 +101,43 @@ class Shard:
 
 @dataclass
 class ShardWriter:
-    """Packs one split into `folder`, going on where an earlier attempt stopped.
+    """Packs one split into `folder`, continuing where an earlier attempt stopped.
 
-    settings: all that decides what is packed; an attempt with others cannot be continued.
-    names: what an image is called, by number.
-    packed: images by numbers, in their order, as a `Packer` makes them.
-    progress: is told how many images are done, and the bytes of the last one.
+    settings: everything that determines the result; an attempt with other settings cannot be continued.
+    names: the original path of an image, by index.
+    encode: images of a range of indices, in order, as `ImageEncoder` makes them.
+    progress: is called with the number of images done and the bytes of the last one.
     """
 
     images: Images
     folder: Path
     settings: dict[str, object]
     names: Callable[[int], str]
-    packed: Callable[[range], Generator[EncodedImage, None, None]]
+    encode: Callable[[range], Generator[EncodedImage, None, None]]
     progress: Callable[[int, int], None]
     max_bad: int
 
     def run(self) -> Pack:
         parts = self.finished_parts()
-        at, bad = (parts[-1].settings["next"], list(parts[-1].settings["bad"])) if parts else (0, [])
+        start, bad = (parts[-1].settings["next"], list(parts[-1].settings["bad"])) if parts else (0, [])
         total = len(self.images)
-        if at:
-            log.info("%s: %s of %s images are packed already", self.folder.name, f"{at:,}", f"{total:,}")
-        with closing(self.packed(range(at, total))) as stream:
-            while at < total:
-                shard = Shard(len(parts), at, bad)
+        if start:
+            log.info("%s: %s of %s images are packed already", self.folder.name, f"{start:,}", f"{total:,}")
+        with closing(self.encode(range(start, total))) as stream:
+            while start < total:
+                shard = Shard(len(parts), start, bad)
                 path = shard_path(self.folder, shard.number)
                 write_atomically(path, lambda file, shard=shard: self.fill(file, shard, stream))
                 if not shard.rows:
-                    path.unlink()  # all that was left of the split was bad
+                    path.unlink()  # all remaining images of the split were bad
                     break
                 parts.append(shard.pack(self.images.class_names, self.images.num_classes, self.settings))
                 parts[-1].save(self.part_path(shard.number))
-                at = shard.next
+                start = shard.next
         return self.finish(parts, bad)
 
     def fill(self, file: io.BufferedIOBase, shard: Shard, stream: Iterator[EncodedImage]) -> None:
-        """Writes images from `stream` into `file` until it is as large as a shard."""
+        """Writes images from `stream` to `file` until the shard has SHARD_BYTES."""
         for content, label, reason in stream:
             i, shard.next = shard.next, shard.next + 1
             if content is None:
@@ -165,51 +155,51 @@ class ShardWriter:
         bad.append(reason)
         if len(bad) > self.max_bad:
             raise UserError(
-                f"{reason}. That is bad image {len(bad)}, and --max-bad-images allows {self.max_bad}. Mend or remove "
+                f"{reason}. That is bad image {len(bad)}, and --max-bad-images allows {self.max_bad}. Repair or remove "
                 f"it, or leave such images out: --max-bad-images {max(10, 2 * self.max_bad)}"
             )
         log.warning("bad image left out: %s", reason)
 
     def part_path(self, number: int) -> Path:
-        """The index of one shard, until all are done."""
+        """The index of one shard, which is kept until all shards are complete."""
         return self.folder / f"{number:05d}.npz"
 
     def finished_parts(self) -> list[Pack]:
-        """The shards that an earlier attempt has finished. What it left unfinished is removed."""
-        for left_over in self.folder.glob(f".*{TEMPORARY}"):
-            left_over.unlink()
+        """The shards that an earlier attempt completed. Removes its unfinished files."""
+        for unfinished in self.folder.glob(f".*{TEMPORARY}"):
+            unfinished.unlink()
         parts = []
         while self.part_path(len(parts)).is_file():
             parts.append(Pack.load(self.part_path(len(parts))))
-            before = {key: value for key, value in parts[-1].settings.items() if key not in ("next", "bad")}
-            if before != self.settings:
-                changed = [key for key in self.settings if before.get(key) != self.settings[key]]
+            saved = {key: value for key, value in parts[-1].settings.items() if key not in ("next", "bad")}
+            if saved != self.settings:
+                changed = [key for key in self.settings if saved.get(key) != self.settings[key]]
                 raise UserError(
                     f"{self.folder} was begun with another {' and '.join(changed)}: "
-                    f"{', '.join(f'{key} {before.get(key)}, now {self.settings[key]}' for key in changed)}. Give the "
-                    "same as then, another folder, or remove this one."
+                    f"{', '.join(f'{key} {saved.get(key)}, now {self.settings[key]}' for key in changed)}. Give the "
+                    "same as before or another folder, or remove this one."
                 )
         return parts
 
     def finish(self, parts: list[Pack], bad: list[str]) -> Pack:
-        """Joins the indices of the shards."""
+        """Joins the indices of the shards into the index of the split."""
         if not parts:
-            raise UserError(f"{self.folder.name}: not one of its images can be decoded. There is nothing to pack.")
+            raise UserError(f"{self.folder.name}: none of its images can be decoded. There is nothing to pack.")
         indices = [part.index for part in parts]
         names = Strings.pack(index.paths[i] for index in indices for i in range(len(index)))
         columns = {name: np.concatenate([index.columns[name] for index in indices]) for name in indices[0].columns}
         labels = np.concatenate([index.labels for index in indices])
         index = Index(names, labels, indices[0].class_names, columns)
-        whole = Pack(index, parts[0].num_classes, self.settings | {"bad": bad})
-        whole.save(self.folder / INDEX)
+        pack = Pack(index, parts[0].num_classes, self.settings | {"bad": bad})
+        pack.save(self.folder / INDEX)
         for number in range(len(parts)):
             self.part_path(number).unlink()
-        return whole
+        return pack
 
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Makes `folder` and keeps other processes from packing into it. Raises UserError when one does already."""
+    """Makes `folder` and locks it against other packing processes. Raises UserError when another one has the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:

@@ -1,9 +1,8 @@
-"""Packed data: the images of a split in a few large files, made by `tools/pack_dataset.py`, with an index beside them.
+"""Packed data: the images of a split in a few large files with an index, made by `tools/pack_dataset.py`.
 
-A split is a folder: `index.npz` and shards `00000.pack`, `00001.pack`, …, which are encoded images one behind the
-other. Training images are in tiles (`data/codecs/tiled_jpeg.py`). The index says for each image where its bytes lie, their
-CRC-32, its label and what it was called where it was packed. It is numpy buffers, read once and shared by forked
-workers.
+A split is a folder: `index.npz` and shards `00000.pack`, `00001.pack`, …, each a sequence of encoded images. Training
+images are tiled JPEGs (`data/codecs/tiled_jpeg.py`). The index has for each image the position of its bytes, their
+CRC-32, its label and its original path, in numpy buffers, which are read once and shared by forked workers.
 """
 
 import json
@@ -24,17 +23,18 @@ from utils.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raised when what a pack holds changes
+FORMAT = 1  # raised when the contents of a pack change
 INDEX = "index.npz"
-LAYOUT = "{root}/train/index.npz and {root}/val/index.npz, each with *.pack beside it"
+LAYOUT = "{root}/train/index.npz and {root}/val/index.npz, each with its *.pack files"
 _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int32, "crc": np.uint32}
 
 
 @dataclass(frozen=True)
 class Pack:
-    """What the index file of a split (or of one shard of it) holds.
+    """The contents of the index file of a split (or of one shard of it).
 
-    columns: of `index`: `shard` (number), `offset` and `size` (bytes), `crc` (CRC-32); settings: how it was packed.
+    The columns of `index` are `shard` (number), `offset` and `size` (bytes), `crc` (CRC-32); `settings` tells how the
+    split was packed.
     """
 
     index: Index
@@ -42,7 +42,7 @@ class Pack:
     settings: dict[str, object]
 
     def save(self, path: Path) -> None:
-        """Raises OSError as the file system says."""
+        """Writes the index file. Raises OSError."""
         head = {
             "format": FORMAT,
             "class_names": self.index.class_names,
@@ -55,16 +55,16 @@ class Pack:
 
     @classmethod
     def load(cls, path: Path) -> "Pack":
-        """Raises UserError when the file is damaged or of another format, FileNotFoundError when it is missing."""
+        """Reads an index file. Raises UserError when it is damaged or has another format, FileNotFoundError."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 head = json.loads(arrays["head"].tobytes())
                 if head["format"] != FORMAT:
                     raise UserError(
-                        f"{path} is of pack format {head['format']}, and this program reads {FORMAT}. Pack the data "
+                        f"{path} has pack format {head['format']}, and this program reads {FORMAT}. Pack the data "
                         "again: python -m tools.pack_dataset"
                     )
-                columns = {name: arrays[name].astype(kind, copy=False) for name, kind in _COLUMNS.items()}
+                columns = {name: arrays[name].astype(dtype, copy=False) for name, dtype in _COLUMNS.items()}
                 index = Index(Strings(arrays["blob"], arrays["ends"]), arrays["labels"], head["class_names"], columns)
                 pack = cls(index, int(head["num_classes"]), dict(head["settings"]))
         except FileNotFoundError:
@@ -81,10 +81,10 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 class PackedImages:
-    """The images of a packed split. Forked workers share the open shards: reads carry their position."""
+    """The images of a packed split. Forked workers share the open shards, because each read gives its position."""
 
     def __init__(self, folder: Path, pack: Pack):
-        """Raises UserError when a shard is missing or is shorter than the index says."""
+        """Raises UserError when a shard is missing or has another size than in the index."""
         self.folder = folder
         self.index = pack.index
         self.class_names = pack.index.class_names
@@ -94,9 +94,9 @@ class PackedImages:
             path = shard_path(folder, number)
             found = path.stat().st_size if path.is_file() else None
             if found != size:
-                what = "is missing" if found is None else f"has {found:,} bytes and should have {size:,}"
-                raise UserError(f"{path} {what}. Copy it again, or pack the data again into another folder.")
-        self._files = _Files(folder, len(sizes))
+                problem = "is missing" if found is None else f"has {found:,} bytes and should have {size:,}"
+                raise UserError(f"{path} {problem}. Copy it again, or pack the data again into another folder.")
+        self._shards = _OpenShards(folder, len(sizes))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -105,43 +105,43 @@ class PackedImages:
         return f"{shard_path(self.folder, int(self.index.columns['shard'][i]))}:{self.index.paths[i]}"
 
     def read(self, i: int) -> tuple[bytes, int]:
-        """The encoded image, a TiledJpeg where it is in tiles, and its label. Raises BadImage when it is damaged."""
+        """The encoded image (a TiledJpeg if it has tiles) and its label. Raises BadImage when it is damaged."""
         shard, offset, size, crc = (int(self.index.columns[name][i]) for name in _COLUMNS)
         try:
-            content = os.pread(self._files[shard], size, offset)
+            content = os.pread(self._shards[shard], size, offset)
         except OSError as error:
             raise BadImage(self.path(i), f"cannot be read: {error}") from error
         if len(content) != size or zlib.crc32(content) != crc:
-            raise BadImage(self.path(i), "damaged pack: its size or CRC is wrong")
+            raise BadImage(self.path(i), "damaged pack: the size or CRC of the image is wrong")
         return TiledJpeg(content) if TiledJpeg.recognises(content) else content, int(self.index.labels[i])
 
 
-class _Files:
-    """File descriptors of the shards by number, opened again where this is unpickled (workers that are spawned)."""
+class _OpenShards:
+    """File descriptors of the shards by number. Unpickling, as in spawned workers, opens the files again."""
 
     def __init__(self, folder: Path, count: int):
-        self._opened = (folder, count)
+        self._arguments = (folder, count)
         self._files = [open(shard_path(folder, number), "rb", buffering=0) for number in range(count)]
 
     def __getitem__(self, number: int) -> int:
         return self._files[number].fileno()
 
     def __reduce__(self) -> tuple:
-        return _Files, self._opened
+        return _OpenShards, self._arguments
 
 
 def shard_sizes(columns: dict[str, np.ndarray]) -> list[int]:
-    """How many bytes each shard must have."""
+    """The size of each shard in bytes, from the columns of the index."""
     sizes = np.zeros(int(columns["shard"].max()) + 1, np.int64)
     np.maximum.at(sizes, columns["shard"], columns["offset"] + columns["size"])
     return sizes.tolist()
 
 
 def open_packed(root: Path, split: str) -> PackedImages:
-    """The packed images in `root/<split>`.
+    """Opens the packed images in `root/<split>`.
 
     Raises:
-        UserError: there are none, packing them has not ended, or they are damaged.
+        UserError: there are none, packing has not finished, or they are damaged.
     """
     folder = root / split
     try:
@@ -149,8 +149,8 @@ def open_packed(root: Path, split: str) -> PackedImages:
     except FileNotFoundError:
         if list(folder.glob("*.pack*")):
             raise UserError(
-                f"DATA.DATA_PATH: {folder} is not packed to the end. Give the same command of tools.pack_dataset "
-                "again, and it goes on where it stopped."
+                f"DATA.DATA_PATH: packing {folder} has not finished. Run the same command of tools.pack_dataset again: "
+                "it continues where it stopped."
             ) from None
         raise UserError(
             f"DATA.DATA_PATH: {folder / INDEX} is missing. Expected {LAYOUT.format(root=root)}; "

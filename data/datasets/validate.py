@@ -1,13 +1,12 @@
-"""What must hold of the data before the first step: the classes, their number and their order."""
+"""Checks of the data before the first step: the classes, their number and order, and the number of workers."""
 
 import logging
 import os
 import re
-from pathlib import Path
 
-import numpy as np
 from timm.data import ImageNetInfo
 
+from data.datasets.base import Images
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -15,67 +14,66 @@ log = logging.getLogger(__name__)
 _SYNSET = re.compile(r"n\d{8}")
 
 
-def check_labels_have_no_gaps(map_file: Path, labels: np.ndarray) -> None:
-    """Raises UserError unless the labels are 0…K-1, each with an image (a gap is most often a mistake in the map)."""
-    present = np.unique(labels)
-    missing = np.setdiff1d(np.arange(len(present)), present)
-    if len(missing):
-        raise UserError(
-            f"{map_file}: no image has label {missing[0]}, although labels go up to {present[-1]}. Number the classes "
-            "from 0 without gaps."
-        )
+def check_num_classes(found: int, configured: int, name: str) -> int:
+    """Compares MODEL.NUM_CLASSES (0 = as in the data) with the classes `found` in the data called `name`.
 
-
-def check_num_classes(found: int, wanted: int, what: str) -> int:
-    """`found` classes in the data (called `what`) against MODEL.NUM_CLASSES `wanted`, 0 meaning what is found."""
-    if wanted not in (0, found):
+    Returns the number of classes.
+    """
+    if configured not in (0, found):
         raise UserError(
-            f"{what} has {found} classes, but MODEL.NUM_CLASSES is {wanted}. "
+            f"{name} has {found} classes, but MODEL.NUM_CLASSES is {configured}. "
             "Take the number from the data: --opts MODEL.NUM_CLASSES 0"
         )
     return found
 
 
 def check_num_workers(workers: int, processes: int) -> None:
-    """DATA.NUM_WORKERS of each of `processes` on this machine: more than cores are slower, far more a mistake."""
+    """Warns when DATA.NUM_WORKERS of each of `processes` are more than this machine's cores, refuses absurd numbers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    what = f"DATA.NUM_WORKERS {workers} for each of {processes} process(es) on this machine, which has {cores} cores"
+    found = f"DATA.NUM_WORKERS {workers} for each of {processes} process(es) on this machine, which has {cores} cores"
     advice = f"--opts DATA.NUM_WORKERS {max(1, cores // processes)}"
     if workers * processes > max(64, 8 * cores):
-        raise UserError(f"{what}, are too many. Take fewer: {advice}")
+        raise UserError(f"{found}, are too many. Take fewer: {advice}")
     if workers * processes > cores:
-        log.warning("%s: more than work at a time. Better take %s", what, advice)
+        log.warning("%s: more than can run at a time. Better take %s", found, advice)
 
 
-def check_same_classes(train: list[str] | None, val: list[str] | None, num_train: int, num_val: int, what: str) -> None:
-    """Train and val must have the same classes: by name where both have names, else by their number."""
-    if train is not None and val is not None:
-        only_train = sorted(set(train) - set(val))
-        only_val = sorted(set(val) - set(train))
-        if only_train or only_val:
+def check_same_classes(train: Images, val: Images, name: str) -> None:
+    """Raises UserError unless train and val have the same classes: by name if both have names, else by number."""
+    if train.class_names is None or val.class_names is None:
+        if train.num_classes != val.num_classes:
             raise UserError(
-                f"{what}: train and val have different classes. Only in train: {_few(only_train)}; only in val: "
-                f"{_few(only_val)}. Give both the same class folders."
+                f"{name}: train has {train.num_classes} classes and val has {val.num_classes}. "
+                "Give both the same classes."
             )
-        if train != val:
-            first = next(i for i, pair in enumerate(zip(train, val, strict=True)) if pair[0] != pair[1])
+        return
+    only_train = sorted(set(train.class_names) - set(val.class_names))
+    only_val = sorted(set(val.class_names) - set(train.class_names))
+    if only_train or only_val:
+        raise UserError(
+            f"{name}: train and val have different classes. Only in train: {_few(only_train)}; only in val: "
+            f"{_few(only_val)}. Give both the same class folders."
+        )
+    for label, (in_train, in_val) in enumerate(zip(train.class_names, val.class_names, strict=True)):
+        if in_train != in_val:
             raise UserError(
-                f"{what}: label {first} means {train[first]!r} in train but {val[first]!r} in val. Number the classes "
-                "alike in both maps."
+                f"{name}: label {label} means {in_train!r} in train but {in_val!r} in val. Number the classes alike in "
+                "both maps."
             )
-    elif num_train != num_val:
-        raise UserError(f"{what}: train has {num_train} classes and val has {num_val}. Give both the same classes.")
 
 
-def check_imagenet_order(class_names: list[str], what: str) -> None:
-    """1,000 classes named by WordNet ids must be ImageNet-1K's, in sorted order: released weights mean that order."""
-    if len(class_names) != 1000 or not all(_SYNSET.fullmatch(name) for name in class_names):
+def check_imagenet_order(class_names: list[str], name: str) -> None:
+    """Raises UserError when 1,000 classes with WordNet ids are not ImageNet-1K's in sorted order.
+
+    Released weights assume that order.
+    """
+    if len(class_names) != 1000 or not all(_SYNSET.fullmatch(class_name) for class_name in class_names):
         return
     expected = ImageNetInfo("imagenet-1k").label_names()
-    for label, (found, right) in enumerate(zip(class_names, expected, strict=True)):
-        if found != right:
+    for label, (found, synset) in enumerate(zip(class_names, expected, strict=True)):
+        if found != synset:
             raise UserError(
-                f"{what}: label {label} is {found}, where ImageNet-1K has {right}. Its classes are its 1,000 synsets "
+                f"{name}: label {label} is {found}, where ImageNet-1K has {synset}. Its classes are its 1,000 synsets "
                 "numbered in sorted order; make the class folders or the map agree with that."
             )
 

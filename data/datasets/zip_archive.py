@@ -1,7 +1,7 @@
 """The zip layout: `train.zip` with `train_map.txt`, `val.zip` with `val_map.txt`.
 
-Python's ZipFile cannot be shared by forked workers (they would move one common file position) and keeps an object
-per member. Here the central directory becomes a few columns of the index, and members are read by position.
+Forked workers cannot share Python's ZipFile, because they would share its file position, and it keeps one object per
+member. Here the central directory becomes a few columns of the index, and each read gives its own position.
 """
 
 import logging
@@ -11,32 +11,33 @@ import struct
 import zipfile
 import zlib
 from array import array
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 
 from data.codecs.pillow_decode import BadImage
 from data.datasets.index import Index
-from data.datasets.map_file import names_from_paths, read_map
+from data.datasets.map_file import class_names_from_paths, read_map
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of the name and of the extra field
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
 _ENCRYPTED = 0x1
 
 
 def index_zip(archive: Path, map_file: Path) -> tuple[Index, list[Path]]:
-    """The index of the members of `archive` that `map_file` lists, and the files it depends on.
+    """Indexes the members of `archive` that `map_file` lists. Returns the index and the files it depends on.
 
-    Columns: `offset` of the local header, `packed` and `size` in bytes, `crc`, `method` (0 stored, 8 deflated).
+    Columns: `offset` of the local header, `compressed` and `size` in bytes, `crc`, `method` (0 stored, 8 deflated).
 
     Raises:
-        UserError: missing or damaged archive; a member that is missing, encrypted or packed by another method; a
+        UserError: missing or damaged archive; a member that is missing, encrypted or compressed by another method; a
             bad line of the map; labels with gaps.
     """
     paths, labels = read_map(map_file)
-    columns = {name: array("q") for name in ("offset", "packed", "size", "crc", "method")}
+    columns = {name: array("q") for name in ("offset", "compressed", "size", "crc", "method")}
     try:
         with zipfile.ZipFile(archive) as members:
             for i in range(len(paths)):
@@ -51,11 +52,11 @@ def index_zip(archive: Path, map_file: Path) -> tuple[Index, list[Path]]:
                 for column, value in zip(columns.values(), values, strict=True):
                     column.append(value)
     except FileNotFoundError:
-        raise UserError(f"{archive} is missing. The zip layout needs it beside {map_file}.") from None
+        raise UserError(f"{archive} is missing. The zip layout needs it together with {map_file}.") from None
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{archive} cannot be read as a zip file: {error}. Copy it again.") from error
     arrays = {name: np.array(column, np.int64) for name, column in columns.items()}
-    return Index(paths, labels, names_from_paths(paths, labels), arrays), [archive, map_file]
+    return Index(paths, labels, class_names_from_paths(paths, labels), arrays), [archive, map_file]
 
 
 def _member(members: zipfile.ZipFile, name: str, map_file: Path) -> zipfile.ZipInfo:
@@ -69,25 +70,31 @@ def _member(members: zipfile.ZipFile, name: str, map_file: Path) -> zipfile.ZipI
         raise UserError(f"{members.filename}: the member {name!r} is encrypted. Pack the images without a password.")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(
-            f"{members.filename}: the member {name!r} is packed by method {member.compress_type}; only stored and "
+            f"{members.filename}: the member {name!r} has compression method {member.compress_type}; only stored and "
             "deflated ones are read. Pack it again: zip -0 -r FILE.zip FOLDER"
         )
     return member
 
 
 class ZipImages:
-    """The images of an indexed zip. Forked workers share one file descriptor: reads carry their position.
+    """The images of an indexed zip. Forked workers share one file descriptor, because each read gives its position.
 
     cache_mode:
         "no": each read goes to the file.
-        "part": the same, after this process asked the kernel to read its share (one part of `shares`) of the file
-            ahead into the page cache, which all processes of the machine use together.
-        "full": the whole file is copied once into shared memory of this process; workers forked later read from
-            there. Each process of the machine holds its own copy. Workers that are spawned, not forked, cannot see
-            it and read from the file.
+        "part": the same, after the kernel was asked to read this process's part of the file (part `local_rank` of
+            `local_world_size`) into the page cache, which all processes of the machine share.
+        "full": each process of the machine copies the whole file once into memory, which workers forked later share.
+            Spawned workers cannot see it and read from the file.
     """
 
-    def __init__(self, archive: Path, index: Index, cache_mode: str = "no", share: int = 0, shares: int = 1):
+    def __init__(
+        self,
+        archive: Path,
+        index: Index,
+        cache_mode: str = "no",
+        local_rank: int = 0,
+        local_world_size: int = 1,
+    ):
         self.archive = archive
         self.index = index
         self.num_classes = int(index.labels.max()) + 1
@@ -95,9 +102,9 @@ class ZipImages:
         self._file = open(archive, "rb", buffering=0)
         self._copy: mmap.mmap | None = None
         if cache_mode == "part":
-            _read_ahead(self._file.fileno(), share, shares)
+            _read_ahead(self._file.fileno(), local_rank, local_world_size)
         elif cache_mode == "full":
-            self._copy = _copy_to_memory(self._file, archive, shares)
+            self._copy = _copy_to_memory(self._file, archive, copies=local_world_size)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_file": None, "_copy": None}
@@ -112,19 +119,19 @@ class ZipImages:
         return f"{self.archive}:{self.index.paths[i]}"
 
     def read(self, i: int) -> tuple[bytes, int]:
-        """The encoded image and its label. Raises BadImage when the archive is damaged there (CRC included)."""
+        """The encoded image and its label. Raises BadImage when the archive is damaged there (the CRC is checked)."""
         columns = {name: int(column[i]) for name, column in self.index.columns.items()}
         try:
             header = self._bytes(columns["offset"], _LOCAL_HEADER.size)
             signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
             if signature != b"PK\x03\x04":
-                raise ValueError("no member starts where the zip's directory says")
+                raise ValueError("no member begins at the offset in the zip's directory")
             start = columns["offset"] + _LOCAL_HEADER.size + name_length + extra_length
-            content = self._bytes(start, columns["packed"])
+            content = self._bytes(start, columns["compressed"])
             if columns["method"] == zipfile.ZIP_DEFLATED:
                 content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, max(columns["size"], 1))
             if len(content) != columns["size"] or zlib.crc32(content) != columns["crc"]:
-                raise ValueError("the member's size or CRC is wrong")
+                raise ValueError("the size or CRC of the member is wrong")
         except (OSError, ValueError, struct.error, zlib.error) as error:
             raise BadImage(self.path(i), f"damaged zip: {error}") from error
         return content, int(self.index.labels[i])
@@ -135,16 +142,16 @@ class ZipImages:
         return os.pread(self._file.fileno(), length, start)
 
 
-def _read_ahead(descriptor: int, share: int, shares: int) -> None:
+def _read_ahead(descriptor: int, local_rank: int, local_world_size: int) -> None:
     if not hasattr(os, "posix_fadvise"):
-        log.warning("DATA.CACHE_MODE part (--cache-mode) has no effect: this system offers no reading ahead")
+        log.warning("DATA.CACHE_MODE part (--cache-mode) has no effect: this system has no posix_fadvise")
         return
     size = os.fstat(descriptor).st_size
-    start, stop = size * share // shares, size * (share + 1) // shares
+    start, stop = (size * (local_rank + i) // local_world_size for i in (0, 1))
     os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
-def _copy_to_memory(file, archive: Path, copies: int) -> mmap.mmap:
+def _copy_to_memory(file: FileIO, archive: Path, copies: int) -> mmap.mmap:
     size = os.fstat(file.fileno()).st_size
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size * copies > memory:

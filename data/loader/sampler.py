@@ -1,8 +1,7 @@
-"""The order of the images: one endless stream, a pure function of (seed, number of images).
+"""The order of the images: one endless stream, a pure function of (seed, images seen).
 
-Stream position s is place s mod N of epoch s // N, and an epoch's order is a permutation of its own. Processes take
-turns at micro-batches, so that who computes a sample changes with their number, and which samples an update sees
-does not.
+Stream position s is place s mod N of epoch s // N, and each epoch has its own permutation. The ranks take turns at
+micro-batches, so the world size changes which rank computes a sample, and not which samples a step sees.
 """
 
 from collections.abc import Iterator
@@ -14,21 +13,21 @@ from utils.seed import derive
 
 def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of `n` images in `epoch`, (n,) int64; depends on (n, seed, epoch) alone."""
-    # numpy keeps the legacy generator's streams the same for all time, which its newer ones and torch's do not promise.
+    # numpy guarantees the streams of the legacy generator for all versions; its newer ones and torch's may change.
     key = derive(seed, "order", epoch)
     return np.random.RandomState([key & 0xFFFFFFFF, key >> 32]).permutation(n)
 
 
 class StreamSampler:
-    """Batch sampler: for each micro-batch of this process a list of keys (epoch, index).
+    """Batch sampler: for each micro-batch of this rank a list of keys (epoch, index).
 
-    Process `rank` of `world_size` takes every `world_size`-th micro-batch of `batch_size` samples, beginning with
-    the `rank`-th, from stream position `start` to `stop` (in samples; may lie in the middle of an epoch). Gradient
-    accumulation needs nothing more: an update is that many turns of all processes.
+    `rank` takes every `world_size`-th micro-batch of `batch_size` samples, starting with the `rank`-th, from stream
+    position `start` to `stop` (in samples, at any place of an epoch). Gradient accumulation needs nothing more: a step
+    is that many micro-batches of every rank.
     """
 
     def __init__(self, n: int, seed: int, batch_size: int, rank: int, world_size: int, start: int, stop: int):
-        """Raises ValueError when start to stop is not a whole number of turns."""
+        """Raises ValueError when start to stop is not a whole number of micro-batches of every rank."""
         if start > stop or (stop - start) % (batch_size * world_size):
             raise ValueError(f"{start} to {stop} is not a multiple of {world_size} × {batch_size} samples")
         self.n = n
@@ -52,5 +51,5 @@ class StreamSampler:
 
 
 def eval_indices(n: int, rank: int, world_size: int) -> np.ndarray:
-    """The images that process `rank` evaluates: over all processes each of the `n` once, none repeated to fill up."""
+    """The images that `rank` evaluates: over all ranks each of the `n` once, without padding."""
     return np.arange(rank, n, world_size)

@@ -1,18 +1,18 @@
-"""Batches in memory that worker processes share with the process that trains: written there, read here, never sent.
+"""Batches in memory that the worker processes share with the main process: workers write, the main process reads.
 
-DataLoader's own way gives each batch new shared memory, whose pages the system clears and maps one by one, for the
-worker and again for the reader; that took longer than decoding (docs/reports/LOADER.md). Here a few slots are mapped once and
-take turns. The memory is anonymous, so it needs no room in /dev/shm; workers see it because they are forked.
+DataLoader's own transfer allocates new shared memory for each batch, whose pages the kernel clears and maps one by one,
+in the worker and again in the reader; that took longer than decoding (docs/reports/LOADER.md). Here a few buffers are
+mapped once and reused in turn. The memory is anonymous, so it needs no space in /dev/shm; workers inherit it by fork.
 
-B images of a micro-batch, (C, H, W) an image.
+B samples of a micro-batch, n ≤ B of them good.
 """
 
 import logging
 import math
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,56 +20,94 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-# Batches that each worker has begun or finished before they are asked for.
+# Batches that each worker prepares ahead.
 PREFETCH_FACTOR = 2
 
+# Shape and dtype of one sample's arrays, by name.
+ArraySpecs = Mapping[str, tuple[Sequence[int], torch.dtype]]
 
-class SharedBatchBuffers:
-    """`count` batches of `batch_size` images of one shape.
+# The targets of a batch's good samples (the list may be empty) as the task wants them.
+CollateTargets = Callable[[list], object]
 
-    Attributes:
-        images: (count, B, *shape).
+
+class Sample(NamedTuple):
+    """One sample.
+
+    arrays: tensors of a fixed shape by name, such as {'image': (3, S, S)}; None when the sample is bad.
+    target: anything picklable that is not among the arrays; for classification the label.
+    bad: "path: reason" of each bad image that was met.
+    aug_params: parameters of the augmentation that is still to be done on the device, None when there is none.
     """
 
-    def __init__(self, count: int, batch_size: int, shape: Sequence[int], dtype: torch.dtype):
-        values = count * batch_size * math.prod(shape)
-        self._memory = mmap.mmap(-1, values * dtype.itemsize)
-        self.images = torch.frombuffer(self._memory, dtype=dtype).view(count, batch_size, *shape)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @contextmanager
-    def pinned(self) -> Iterator[None]:
-        """Locks the pages meanwhile, so that a GPU copies from them without holding up this process. Where that is
-        refused, copies take longer."""
-        runtime, address = torch.cuda.cudart(), self.images.data_ptr()
-        size = self.images.numel() * self.images.element_size()
-        refused = int(runtime.cudaHostRegister(address, size, 0))
-        if refused:
-            log.warning(
-                "%.1f GiB of memory for batches cannot be locked (CUDA error %d), so copying them to the GPU "
-                "takes longer. Fewer DATA.NUM_WORKERS need less",
-                size / 2**30,
-                refused,
-            )
-        try:
-            yield
-        finally:
-            if not refused:
-                runtime.cudaHostUnregister(address)
+    arrays: dict[str, Tensor] | None
+    target: object
+    bad: list[str]
+    aug_params: np.ndarray | None = None
 
 
 class SampleFn(Protocol):
-    """What makes samples (see data.loader.loader.Sample) by key, in the memory that it is given or elsewhere."""
+    """Makes samples by key."""
 
-    def make(self, key: object, out: Tensor): ...
+    def make(self, key: object, out: dict[str, Tensor] | None) -> Sample:
+        """The sample of `key`. `out` is memory for its arrays, which may be used to save a copy; None for none."""
+
+
+class BatchKeys(Sized, Protocol):
+    """The keys of each batch, in order."""
+
+    def __iter__(self) -> Iterator[Sequence]: ...
+
+
+class SharedBatchBuffers:
+    """Shared memory for `count` batches of up to `batch_size` samples.
+
+    Attributes:
+        arrays: (count, B, *shape) by name.
+    """
+
+    def __init__(self, count: int, batch_size: int, specs: ArraySpecs):
+        self.count = count
+        self.arrays: dict[str, Tensor] = {}
+        for name, (shape, dtype) in specs.items():
+            memory = mmap.mmap(-1, count * batch_size * math.prod(shape) * dtype.itemsize)
+            self.arrays[name] = torch.frombuffer(memory, dtype=dtype).view(count, batch_size, *shape)
+
+    def __len__(self) -> int:
+        return self.count
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Pins the memory inside the block, so that copies to a GPU are asynchronous."""
+        with ExitStack() as stack:
+            for array in self.arrays.values():
+                stack.enter_context(_pinned(array))
+            yield
+
+
+@contextmanager
+def _pinned(array: Tensor) -> Iterator[None]:
+    """Pins the memory of `array`, or logs that CUDA refuses and leaves it pageable."""
+    runtime, address = torch.cuda.cudart(), array.data_ptr()
+    size = array.numel() * array.element_size()
+    error = int(runtime.cudaHostRegister(address, size, 0))
+    if error:
+        log.warning(
+            "%.1f GiB of memory for batches cannot be pinned (CUDA error %d), so copying them to the GPU takes "
+            "longer. Fewer DATA.NUM_WORKERS need less",
+            size / 2**30,
+            error,
+        )
+    try:
+        yield
+    finally:
+        if not error:
+            runtime.cudaHostUnregister(address)
 
 
 class BufferedBatchSampler:
-    """Batch sampler: each batch of `keys` behind the number of the slot that it goes into."""
+    """Batch sampler: each batch of `keys` preceded by the number of the buffer that it is written to."""
 
-    def __init__(self, keys: Iterable[Sequence], buffers: int):
+    def __init__(self, keys: BatchKeys, buffers: int):
         self.keys = keys
         self.buffers = buffers
 
@@ -82,38 +120,55 @@ class BufferedBatchSampler:
 
 
 class BufferedDataset:
-    """Makes whole batches, in a worker: images into their slot; the rest is sent."""
+    """Makes whole batches in a worker: arrays are written to their buffer, everything else is sent."""
 
     def __init__(self, samples: SampleFn, buffers: SharedBatchBuffers):
         self.samples = samples
         self.buffers = buffers
 
-    def __getitems__(self, slot_and_keys: list) -> dict:
-        """{'slot', 'target' and 'draws' of the images in it, 'bad': list of "path: reason"}."""
-        slot, *keys = slot_and_keys
-        into = self.buffers.images[slot]
-        labels: list[int] = []
+    def __getitems__(self, buffer_and_keys: list) -> dict:
+        """{'buffer', 'target' and 'aug_params' of the good samples in it, 'bad': list of "path: reason"}."""
+        buffer, *keys = buffer_and_keys
+        targets: list[object] = []
         bad: list[str] = []
         aug_params: list[np.ndarray | None] = []
         for key in keys:
-            out = into[len(labels)]
+            out = {name: array[buffer, len(targets)] for name, array in self.buffers.arrays.items()}
             sample = self.samples.make(key, out)
             bad += sample.bad
-            if sample.image is not None:
-                if sample.image.data_ptr() != out.data_ptr():
-                    out.copy_(sample.image)
-                labels.append(sample.label)
-                aug_params.append(sample.aug_params)
-        return {"slot": slot, "target": labels, "draws": aug_params, "bad": bad}
+            if sample.arrays is None:
+                continue
+            for name, memory in out.items():
+                if sample.arrays[name].data_ptr() != memory.data_ptr():
+                    memory.copy_(sample.arrays[name])
+            targets.append(sample.target)
+            aug_params.append(sample.aug_params)
+        return {"buffer": buffer, "target": targets, "aug_params": aug_params, "bad": bad}
 
 
-def unpack_batch(batch: dict, buffers: SharedBatchBuffers) -> dict:
-    """What a worker sent as a batch: {'image': (n ≤ B, *shape) in its slot, or None, 'target': (n,) int64, 'bad'}."""
-    target = torch.tensor(batch["target"], dtype=torch.int64)
-    image: Tensor | None = buffers.images[batch["slot"]][: len(target)] if len(target) else None
-    return {"image": image, "target": target, "draws": stack_params(batch["draws"]), "bad": batch["bad"]}
+def unpack_batch(batch: dict, buffers: SharedBatchBuffers, collate_targets: CollateTargets) -> dict:
+    """The batch of `BufferedDataset` as `to_batch` gives it; its arrays stay in their buffer."""
+    n = len(batch["target"])
+    arrays = {name: array[batch["buffer"], :n] for name, array in buffers.arrays.items()}
+    return to_batch(arrays, batch["target"], batch["bad"], batch["aug_params"], collate_targets)
 
 
-def stack_params(aug_params: list[np.ndarray | None]) -> Tensor | None:
-    """(n, …) of n samples' draws, None where there are none to be sent on."""
-    return torch.from_numpy(np.stack(aug_params)) if aug_params and aug_params[0] is not None else None
+def to_batch(
+    arrays: dict[str, Tensor],
+    targets: list,
+    bad: list[str],
+    aug_params: list[np.ndarray | None],
+    collate_targets: CollateTargets,
+) -> dict:
+    """{every array (n, *shape) by name, 'target', 'bad', 'aug_params': (n, …) float64, None when there are none}.
+
+    An array named 'target' is the target; otherwise that is what `collate_targets` makes of the samples' targets.
+    """
+    stacked = torch.from_numpy(np.stack(aug_params)) if aug_params and aug_params[0] is not None else None
+    target = {} if "target" in arrays else {"target": collate_targets(targets)}
+    return arrays | target | {"bad": bad, "aug_params": stacked}
+
+
+def labels_to_tensor(labels: list[int]) -> Tensor:
+    """(n,) int64."""
+    return torch.tensor(labels, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Batches: pure functions of (seed, position) whoever makes them, exact evaluation, bad images, dead workers."""
+"""Batches: pure functions of (seed, position) in any process, exact evaluation, bad images, dead workers."""
 
 import hashlib
 import logging
@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from data.build import Data, TrainBatches, build_datasets, val_batches
+from data.build import (
+    Data,
+    TrainBatches,
+    ValBatches,
+    build_datasets,
+    build_eval_preset,
+    build_mixup,
+    build_train_transform,
+    val_batches,
+)
 from data.loader.loader import explain_worker_crash
 from tests._images import EVALUATE, age, data_config, process, write_splits
 from utils.errors import UserError
@@ -35,8 +44,7 @@ def user_cache(tmp_path_factory, monkeypatch):
 
 def train(root, start, stop, *opts, rank=0, world_size=1):
     config = data_config(root, *opts)
-    who = process(rank, world_size)
-    return TrainBatches(config, build_datasets(config, process()), who, start, stop)
+    return TrainBatches(config, build_datasets(config, process()), process(rank, world_size), start, stop)
 
 
 def digests(batches):
@@ -47,11 +55,11 @@ def digests(batches):
     }
 
 
-def test_batches_are_what_they_say(root):
+def test_shapes_and_positions(root):
     batches = train(root, 0, 8)
-    found = list(batches)
-    assert len(batches) == 2 and [batch["position"] for batch in found] == [0, 4]
-    for batch in found:
+    received = list(batches)
+    assert len(batches) == 2 and [batch["position"] for batch in received] == [0, 4]
+    for batch in received:
         assert batch["image"].shape == (4, 3, 48, 48) and batch["image"].dtype == torch.float32
         assert batch["target"].shape == (4, 2) and batch["target"].dtype == torch.float32
     assert batches.bad_images == 0 and 0 < batches.wait_seconds < 60
@@ -68,32 +76,32 @@ def test_without_mixing_targets_are_labels(root):
         train(root, 0, 7, *odd)
 
 
-def test_workers_processes_and_resuming_change_no_pixel(root):
-    """Over three and a half epochs: other workers, other processes, other start in the middle of an epoch."""
-    whole = digests(train(root, 0, 48))
-    assert len(set(whole.values())) == 12
-    assert digests(train(root, 0, 48, "DATA.NUM_WORKERS", 2)) == whole
+def test_workers_world_size_and_resuming_change_no_pixel(root):
+    """Over three and a half epochs: more workers, more ranks, a start in the middle of an epoch."""
+    expected = digests(train(root, 0, 48))
+    assert len(set(expected.values())) == 12
+    assert digests(train(root, 0, 48, "DATA.NUM_WORKERS", 2)) == expected
     pair = [digests(train(root, 0, 48, rank=rank, world_size=2)) for rank in (0, 1)]
-    assert len(pair[0]) == len(pair[1]) == 6 and pair[0] | pair[1] == whole
+    assert len(pair[0]) == len(pair[1]) == 6 and pair[0] | pair[1] == expected
     resumed = digests(train(root, 24, 48, "DATA.NUM_WORKERS", 2))
-    assert resumed == {position: digest for position, digest in whole.items() if position >= 24}
+    assert resumed == {position: digest for position, digest in expected.items() if position >= 24}
 
 
 def test_another_seed_is_another_stream(root):
     assert not set(digests(train(root, 0, 16)).values()) & set(digests(train(root, 0, 16, "SEED", 1)).values())
 
 
-def test_the_main_process_draws_are_left_alone(root):
-    def state():
+def test_generators_of_the_main_process_are_restored(root):
+    def next_numbers():
         return random.random(), np.random.rand(), torch.rand(1).item()
 
-    expected = []
+    numbers = []
     for use_batches in (False, True):
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
         if use_batches:
             list(train(root, 0, 8)), list(train(root, 0, 8, "DATA.NUM_WORKERS", 1))
-        expected.append(state())
-    assert expected[0] == expected[1]
+        numbers.append(next_numbers())
+    assert numbers[0] == numbers[1]
 
 
 def test_zip_gives_the_same_pixels_as_the_folder(root, tmp_path):
@@ -113,32 +121,32 @@ def test_zip_gives_the_same_pixels_as_the_folder(root, tmp_path):
 @pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (2, 1), (0, 3)])
 def test_evaluation_counts_each_image_once(root, workers, world_size):
     config = data_config(root, "DATA.NUM_WORKERS", workers)
-    found = build_datasets(config, process())
+    data = build_datasets(config, process())
     reference = {
         tuple(batch["image"][i].flatten()[::97].tolist())
-        for batch in val_batches(config, found, process())
+        for batch in val_batches(config, data, process())
         for i in range(len(batch["image"]))
     }
     assert len(reference) == 7
     images, targets = [], []
     for rank in range(world_size):
-        batches = val_batches(config, found, process(rank, world_size))
-        first, again = list(batches), list(batches)  # it can be gone through again
-        assert all(torch.equal(a["image"], b["image"]) for a, b in zip(first, again, strict=True))
+        batches = val_batches(config, data, process(rank, world_size))
+        first, second = list(batches), list(batches)  # they can be iterated again
+        assert all(torch.equal(a["image"], b["image"]) for a, b in zip(first, second, strict=True))
         images += [image for batch in first for image in batch["image"]]
         targets += [target for batch in first for target in batch["target"].tolist()]
     assert len(images) == 7 and sum(targets) == 3
     assert {tuple(image.flatten()[::97].tolist()) for image in images} == reference
 
 
-def test_more_processes_than_validation_images(root):
+def test_more_ranks_than_validation_images(root):
     config = data_config(root, "DATA.NUM_WORKERS", 2)
     batches = val_batches(config, build_datasets(config, process()), process(8, 9))
     assert len(batches) == 0 and list(batches) == []
 
 
-def spoil(tmp_path, *names):
-    """A fresh set of 14 and 7 images in which those of `names` are cut off."""
+def with_truncated(tmp_path, *names):
+    """A new data set of 14 and 7 images, of which those in `names` are truncated."""
     root = write_splits(tmp_path, {"ant": 9, "bee": 5}, {"ant": 4, "bee": 3})
     for name in names:
         (root / name).write_bytes((root / name).read_bytes()[:300])
@@ -147,7 +155,7 @@ def spoil(tmp_path, *names):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_image_stops_by_default(tmp_path, workers):
-    root = spoil(tmp_path, "train/bee/002.jpg", "val/ant/001.jpg")
+    root = with_truncated(tmp_path, "train/bee/002.jpg", "val/ant/001.jpg")
     opts = ("DATA.NUM_WORKERS", workers)
     with pytest.raises(UserError, match=r"train/bee/002.jpg: .*DATA.MAX_BAD_IMAGES allows 0.*--opts") as caught:
         list(train(root, 0, 16, *opts))
@@ -157,21 +165,20 @@ def test_bad_image_stops_by_default(tmp_path, workers):
         list(val_batches(config, build_datasets(config, process()), process()))
 
 
-class Labels:
-    """A transform that keeps the mean colour only, so that a batch says which pictures are in it."""
-
-    def __call__(self, picture):
-        return torch.tensor(np.asarray(picture).mean((0, 1))).float()
+def mean_color(image):
+    """A transform that keeps the mean colour only, which identifies the image."""
+    return torch.tensor(np.asarray(image).mean((0, 1))).float()
 
 
-def test_bad_image_is_replaced_by_the_next_with_its_own_label(tmp_path, monkeypatch, caplog):
-    """The last two ants are bad: whenever their turn comes, the first bee comes as a bee."""
-    monkeypatch.setattr("data.build.train_transform", lambda *args, **options: Labels())
-    root = spoil(tmp_path, "train/ant/007.jpg", "train/ant/008.jpg")
-    batches = train(root, 0, 3 * 28, "DATA.MAX_BAD_IMAGES", 2, "AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0)
-    found = list(batches)
-    colours = torch.cat([batch["image"] for batch in found])
-    targets = torch.cat([batch["target"] for batch in found])
+def test_bad_image_is_replaced_by_the_next_with_its_own_label(tmp_path, caplog):
+    """The last two ants are bad: the first bee replaces them, labelled as a bee."""
+    root = with_truncated(tmp_path, "train/ant/007.jpg", "train/ant/008.jpg")
+    config = data_config(root, "DATA.MAX_BAD_IMAGES", 2)
+    data = build_datasets(config, process())
+    batches = TrainBatches(config, data, process(), 0, 3 * 28, transform=mean_color)
+    received = list(batches)
+    colours = torch.cat([batch["image"] for batch in received])
+    targets = torch.cat([batch["target"] for batch in received])
     assert len(targets) == 84 and targets.sum() == 6 * (5 + 2)
     assert [len(set(map(tuple, colours[targets == label].tolist()))) for label in (0, 1)] == [7, 5]
     assert batches.bad_images == 2
@@ -179,20 +186,20 @@ def test_bad_image_is_replaced_by_the_next_with_its_own_label(tmp_path, monkeypa
 
 
 def test_more_bad_images_than_allowed(tmp_path):
-    root = spoil(tmp_path, *(f"train/bee/00{i}.jpg" for i in range(3)))
+    root = with_truncated(tmp_path, *(f"train/bee/00{i}.jpg" for i in range(3)))
     with pytest.raises(UserError, match="bad image 3, and DATA.MAX_BAD_IMAGES allows 2"):
         list(train(root, 0, 16, "DATA.MAX_BAD_IMAGES", 2))
 
 
-def test_nothing_but_bad_images(tmp_path):
+def test_only_bad_images(tmp_path):
     names = [f"train/ant/00{i}.jpg" for i in range(9)] + [f"train/bee/00{i}.jpg" for i in range(5)]
-    root = spoil(tmp_path, *names)
-    with pytest.raises(UserError, match="not one of the training images"):
+    root = with_truncated(tmp_path, *names)
+    with pytest.raises(UserError, match="none of the training images"):
         list(train(root, 0, 16, "DATA.MAX_BAD_IMAGES", 100))
 
 
 def test_bad_image_is_left_out_of_evaluation(tmp_path, caplog):
-    root = spoil(tmp_path, "val/ant/000.jpg", "val/bee/002.jpg")
+    root = with_truncated(tmp_path, "val/ant/000.jpg", "val/bee/002.jpg")
     config = data_config(root, "DATA.MAX_BAD_IMAGES", 2, "DATA.BATCH_SIZE", 1, "AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0)
     batches = val_batches(config, build_datasets(config, process()), process())
     with caplog.at_level(logging.WARNING):
@@ -203,15 +210,15 @@ def test_bad_image_is_left_out_of_evaluation(tmp_path, caplog):
 
 
 def test_vanished_file_is_a_bad_image(tmp_path):
-    root = spoil(tmp_path)
+    root = with_truncated(tmp_path)
     batches = train(root, 0, 16)
     (root / "train" / "bee" / "000.jpg").unlink()
     with pytest.raises(UserError, match=r"bee/000.jpg: cannot be read: .*No such file"):
         list(batches)
 
 
-class Killing:
-    """Images of which one kills the process that reads it."""
+class KillingImages:
+    """Images that kill the process that reads them."""
 
     num_classes, class_names = 2, None
 
@@ -227,32 +234,32 @@ class Killing:
 
 def test_killed_worker_is_named():
     config = data_config("x", "DATA.NUM_WORKERS", 2)
-    found = Data(Killing(), Killing(), 2, None)
-    for batches in (TrainBatches(config, found, process(), 0, 8), val_batches(config, found, process())):
+    data = Data(KillingImages(), KillingImages(), 2, None)
+    for batches in (TrainBatches(config, data, process(), 0, 8), val_batches(config, data, process())):
         with pytest.raises(UserError, match=r"DataLoader worker.*DATA.NUM_WORKERS \(\d\).*--opts DATA.NUM_WORKERS"):
             list(batches)
 
 
-@pytest.mark.parametrize("way", ["bad image", "left early", "to the end"])
-def test_workers_are_gone_at_once_however_the_loop_ends(tmp_path, way):
-    root = spoil(tmp_path, *["train/ant/000.jpg"] * (way == "bad image"))
+@pytest.mark.parametrize("end", ["bad image", "break", "exhausted"])
+def test_workers_end_at_once_however_the_loop_ends(tmp_path, end):
+    root = with_truncated(tmp_path, *["train/ant/000.jpg"] * (end == "bad image"))
     batches = iter(train(root, 0, 28, "DATA.NUM_WORKERS", 2))
-    started = time.perf_counter()
-    kept = None  # as a traceback keeps the frames of those who were iterating
-    if way == "bad image":
+    start = time.perf_counter()
+    kept = None  # a traceback keeps the frames of the loop, and so the iterator, alive
+    if end == "bad image":
         with pytest.raises(UserError) as kept:
             list(batches)
-    elif way == "left early":
+    elif end == "break":
         next(batches)
         assert len(multiprocessing.active_children()) == 2
         batches.close()
     else:
         list(batches)
-    assert multiprocessing.active_children() == [] and time.perf_counter() - started < 4
-    assert (kept is not None) == (way == "bad image")
+    assert multiprocessing.active_children() == [] and time.perf_counter() - start < 4
+    assert (kept is not None) == (end == "bad image")
 
 
-def test_other_errors_are_not_taken_for_a_dead_worker():
+def test_other_errors_are_not_explained_as_a_dead_worker():
     with pytest.raises(RuntimeError, match="^shape$"), explain_worker_crash(2):
         raise RuntimeError("shape")
 
@@ -261,3 +268,17 @@ def test_training_needs_training_data(root):
     config = data_config(root, *EVALUATE)
     with pytest.raises(ValueError, match="evaluation only"):
         TrainBatches(config, build_datasets(config, process()), process(), 0, 4)
+
+
+def test_a_task_chooses_transform_mixing_and_preset(root):
+    """Given explicitly, what the configuration implies makes the same batches; a transform alone means no mixing."""
+    config = data_config(root)
+    data = build_datasets(config, process())
+    transform, mixer = build_train_transform(config), build_mixup(config, data.num_classes)
+    chosen = TrainBatches(config, data, process(), 0, 16, transform=transform, mixer=mixer)
+    assert digests(chosen) == digests(train(root, 0, 16))
+    unmixed = TrainBatches(config, data, process(), 0, 16, transform=transform)
+    assert digests(unmixed) == digests(train(root, 0, 16, "AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0))
+    chosen = ValBatches(config, data, process(), build_eval_preset(config, "hf"))
+    for a, b in zip(chosen, val_batches(config, data, process(), "hf"), strict=True):
+        assert torch.equal(a["image"], b["image"])

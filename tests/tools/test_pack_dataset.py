@@ -109,7 +109,7 @@ def test_a_dataset_of_bad_images_is_refused(tmp_path, capsys):
     root = write_splits(tmp_path / "data", {"ant": 1}, {"ant": 1})
     (root / "train" / "ant" / "000.jpg").write_bytes(b"no image")
     assert run(tmp_path / "packed", root, "--max-bad-images", "5") == 2
-    assert "not one of its images can be decoded" in capsys.readouterr().err
+    assert "none of its images can be decoded" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_reported(source, tmp_path, monkeypatch, capsys):

@@ -11,8 +11,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from data.datasets.base import open_folder
-from data.datasets.index import Strings
-from data.datasets.validate import check_num_workers
+from data.datasets.index import FORMAT, Strings
 from tests._images import age, write_folder
 from utils.errors import UserError
 
@@ -38,9 +37,9 @@ def root(tmp_path):
 @pytest.fixture
 def scans(monkeypatch):
     """The directories that were listed."""
-    listed, scandir = [], os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
-    return listed
+    scanned, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scanned.append(path) or scandir(path))
+    return scanned
 
 
 def listing(images):
@@ -59,13 +58,13 @@ def test_second_start_walks_nothing(root, scans):
     first = listing(open_folder(root, "train"))
     assert len(scans) == 9
     scans.clear()
-    again = open_folder(root, "train")
-    assert scans == [] and listing(again) == first and again.class_names == ["ant-eater", "cat", "cat-b", "dog"]
+    second = open_folder(root, "train")
+    assert scans == [] and listing(second) == first and second.class_names == ["ant-eater", "cat", "cat-b", "dog"]
     assert not list(root.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "rename", "deep", "class"])
-def test_changed_folder_is_noticed(root, change, scans):
+def test_changed_folder_is_indexed_again(root, change, scans):
     before = open_folder(root, "train")
     train = root / "train"
     match change:
@@ -89,7 +88,7 @@ def test_folder_changed_just_now_is_not_cached(root, scans):
 
 
 def test_folder_marked_read_only_is_cached_for_the_user(root, user_cache, scans):
-    root.chmod(0o555)  # which root, who may run this, could ignore
+    root.chmod(0o555)  # the user root, who may run this test, can write there nevertheless
     first = listing(open_folder(root, "train"))
     assert not list(root.glob(".swin_index*")) and len(list(user_cache.glob("swin/*_train.npz"))) == 1
     scans.clear()
@@ -111,7 +110,7 @@ def test_folder_that_refuses_writing_is_cached_for_the_user(root, user_cache, mo
     assert listing(open_folder(root, "train")) == first and scans == []
 
 
-def test_no_place_for_a_cache_is_said(root, monkeypatch, caplog):
+def test_warning_when_no_folder_takes_the_cache(root, monkeypatch, caplog):
     def refuse(source, target):
         raise OSError(28, "No space left on device")
 
@@ -121,7 +120,7 @@ def test_no_place_for_a_cache_is_said(root, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "pickle", "other format", "short labels"])
-def test_damaged_cache_is_made_anew(root, damage, caplog):
+def test_damaged_cache_is_rebuilt(root, damage, caplog):
     first = listing(open_folder(root, "train"))
     cache = root / ".swin_index_train.npz"
     with np.load(cache) as arrays:
@@ -134,13 +133,14 @@ def test_damaged_cache_is_made_anew(root, damage, caplog):
         case "pickle":
             cache.write_bytes(pickle.dumps({"labels": 1}))
         case "other format":
-            head = contents["head"].tobytes().replace(b'"format": 1', b'"format": 0')
+            head = contents["head"].tobytes().replace(b'"format": %d' % FORMAT, b'"format": 0')
+            assert head != contents["head"].tobytes()
             np.savez(cache, **contents | {"head": np.frombuffer(head, np.uint8)})
         case "short labels":
             np.savez(cache, **contents | {"labels": contents["labels"][1:]})
     with caplog.at_level(logging.WARNING):
         assert listing(open_folder(root, "train")) == first
-    assert ("made anew" in caplog.text) == (damage != "other format")
+    assert ("is rebuilt" in caplog.text) == (damage != "other format")
     with np.load(cache) as arrays:
         assert len(arrays["labels"]) == len(first)
 
@@ -157,17 +157,17 @@ def test_strings():
     for i in (-1, 5):
         with pytest.raises(IndexError):
             packed[i]
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         Strings(packed.blob, packed.ends[:-1])
 
 
 def test_other_files_are_counted(root, caplog):
     (root / "train" / "dog" / "readme.md").write_text("")
     open_folder(root, "train")
-    assert "1 files are not images" in caplog.text and "readme.md" in caplog.text
+    assert "1 files do not have the extension of an image" in caplog.text and "readme.md" in caplog.text
 
 
-def test_mistakes_are_said(tmp_path):
+def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="train is missing.*<class>/<image>"):
         open_folder(tmp_path, "train")
     (tmp_path / "train.zip").write_bytes(b"")
@@ -184,8 +184,8 @@ def test_mistakes_are_said(tmp_path):
         open_folder(tmp_path, "train")
 
 
-def test_hidden_files_are_left_out_and_counted(tmp_path, caplog):
-    """Such as the twins that macOS puts beside each file, and what version control keeps."""
+def test_hidden_files_are_ignored_and_counted(tmp_path, caplog):
+    """Such as the `._` files of macOS and the folders of version control."""
     write_folder(tmp_path / "train", {"a": 2, "b": 1, ".git": 1})
     image = (tmp_path / "train" / "a" / sorted(os.listdir(tmp_path / "train" / "a"))[0]).read_bytes()
     for hidden in ("a/._0.jpg", "a/.hidden.jpg"):
@@ -200,28 +200,14 @@ def test_hidden_files_are_left_out_and_counted(tmp_path, caplog):
     "head",
     [{"stamps": {}}, {"stamps": {"train": [1]}, "class_names": 5}, {"format": 99}],
 )
-def test_a_cache_by_somebody_else_is_not_believed(root, head):
-    known = listing(open_folder(root, "train"))
-    place = root / ".swin_index_train.npz"
-    with np.load(place) as arrays:
-        found = dict(arrays)
-    own = json.loads(found["head"].tobytes())
-    found["labels"] = found["labels"][::-1]
-    found["head"] = np.frombuffer(json.dumps({**own, **head}).encode(), np.uint8)
-    np.savez(place, **found)
+def test_a_forged_cache_is_not_used(root, head):
+    expected = listing(open_folder(root, "train"))
+    cache = root / ".swin_index_train.npz"
+    with np.load(cache) as arrays:
+        forged = dict(arrays)
+    genuine = json.loads(forged["head"].tobytes())
+    forged["labels"] = forged["labels"][::-1]
+    forged["head"] = np.frombuffer(json.dumps({**genuine, **head}).encode(), np.uint8)
+    np.savez(cache, **forged)
     age(root)
-    assert listing(open_folder(root, "train")) == known
-
-
-@pytest.mark.parametrize(("workers", "processes"), [(10**9, 1), (40, 10**6)])
-def test_absurd_numbers_of_workers_are_refused(workers, processes):
-    with pytest.raises(UserError, match="DATA.NUM_WORKERS .* are too many. Take fewer: --opts DATA.NUM_WORKERS"):
-        check_num_workers(workers, processes)
-
-
-def test_more_workers_than_cores_are_warned_of(caplog):
-    cores = len(os.sched_getaffinity(0))
-    check_num_workers(cores, 1)
-    assert not caplog.messages
-    check_num_workers(cores + 1, 1)
-    assert "more than work at a time" in caplog.text
+    assert listing(open_folder(root, "train")) == expected

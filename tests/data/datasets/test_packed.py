@@ -1,4 +1,4 @@
-"""Packed data: tiles have the pixels of the whole, packs are read as they were written, damage is noticed."""
+"""Packed data: a region decodes to the pixels of the whole image, packs are read as written, damage is detected."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def pixels(jpeg: bytes) -> np.ndarray:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_a_part_has_the_pixels_of_the_whole(given_data):
+def test_a_region_has_the_pixels_of_the_whole_image(given_data):
     width, height = (given_data.draw(st.integers(1, 180)) for _ in range(2))
     jpeg = TiledJpeg(encode(grainy(width + 1000 * height, (width, height)), given_data.draw(st.sampled_from([50, 90]))))
     whole = pixels(jpeg)
@@ -49,7 +49,7 @@ def test_a_part_has_the_pixels_of_the_whole(given_data):
         assert np.array_equal(pixels(part)[y : y + h, x : x + w], whole[top : top + h, left : left + w])
 
 
-def test_a_part_is_no_larger_than_its_tiles():
+def test_a_region_is_no_larger_than_its_tiles():
     jpeg = TiledJpeg(encode(grainy(0, (500, 375)), 90))
     part, x, y = jpeg.part(200, 100, 40, 30)
     assert pixels(part).shape == (48, 64, 3) and (x, y) == (200 - 192, 100 - 96)  # tiles of 32 × 16 pixels
@@ -60,21 +60,21 @@ def test_a_part_is_no_larger_than_its_tiles():
 @pytest.mark.parametrize("width", [16, 17, 31 * 16, 25 * 16, 37 * 16, 2048])
 def test_any_number_of_blocks_can_be_divided(width):
     """31 and 37 are prime: a tile is one block; 25 blocks are tiles of five."""
-    picture = grainy(width, (width, 40))
-    jpeg = TiledJpeg(encode(picture, 90))
+    image = grainy(width, (width, 40))
+    jpeg = TiledJpeg(encode(image, 90))
     part, x, y = jpeg.part(width // 2, 9, width // 2, 20)
     assert np.array_equal(pixels(part)[y : y + 20, x : x + width // 2], pixels(jpeg)[9:29, width // 2 : width // 2 * 2])
 
 
-def test_only_what_was_encoded_here_is_recognised():
-    picture = grainy(0, (100, 80))
-    assert TiledJpeg.recognises(encode(picture, 90))
-    assert not TiledJpeg.recognises(encode_plain(picture)) and not TiledJpeg.recognises(b"")
-    ordinary = encode_plain(picture, quality=90, subsampling="4:2:0", optimize=True)
-    assert np.array_equal(pixels(encode(picture, 90)), pixels(ordinary))  # the same JPEG otherwise
+def test_only_own_jpegs_are_recognised():
+    image = grainy(0, (100, 80))
+    assert TiledJpeg.recognises(encode(image, 90))
+    assert not TiledJpeg.recognises(encode_plain(image)) and not TiledJpeg.recognises(b"")
+    ordinary = encode_plain(image, quality=90, subsampling="4:2:0", optimize=True)
+    assert np.array_equal(pixels(encode(image, 90)), pixels(ordinary))  # the same JPEG otherwise
 
 
-def test_a_picture_with_too_many_tiles_is_refused():
+def test_an_image_with_too_many_tiles_is_refused():
     with pytest.raises(ValueError, match="too many tiles"):
         encode(Image.new("RGB", (31 * 16, 16 * 1100)), 90)
 
@@ -89,8 +89,8 @@ def original(tmp_path_factory):
         for c, name in enumerate(("ant", "bee")):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                picture = grainy(100 * c + i, (150 + 10 * i, 130))
-                (root / split / name / f"{i}.jpg").write_bytes(encode_plain(picture, quality=92))
+                image = grainy(100 * c + i, (150 + 10 * i, 130))
+                (root / split / name / f"{i}.jpg").write_bytes(encode_plain(image, quality=92))
     age(root)
     return root
 
@@ -115,40 +115,39 @@ def config(root, *opts):
     return data_config(root, "DATA.DATASET", "packed", *opts)
 
 
-def test_a_pack_is_what_was_packed(original, packed):
-    found = build_datasets(config(packed), process())
-    assert (len(found.train), len(found.val), found.class_names) == (12, 6, ["ant", "bee"])
+def test_a_pack_contains_the_packed_images(original, packed):
+    data = build_datasets(config(packed), process())
+    assert (len(data.train), len(data.val), data.class_names) == (12, 6, ["ant", "bee"])
     for i in range(12):
-        content, label = found.train.read(i)
+        content, label = data.train.read(i)
         assert isinstance(content, TiledJpeg) and label == i // 6
         assert max(content.size) == min(160, 150 + 10 * (i % 6))
     names = sorted(str(path.relative_to(original)) for path in (original / "val").rglob("*.jpg"))
-    for i, name in enumerate(names):  # validation images as they are
-        assert found.val.read(i) == ((original / name).read_bytes(), i // 3)
-        assert found.val.path(i) == f"{packed}/val/00000.pack:{name}"
+    for i, name in enumerate(names):  # validation images are unchanged
+        assert data.val.read(i) == ((original / name).read_bytes(), i // 3)
+        assert data.val.path(i) == f"{packed}/val/00000.pack:{name}"
 
 
 def test_training_images_lose_little(original, packed):
     images = open_packed(packed, "train")
-    before = pixels((original / "train/ant/0.jpg").read_bytes()).astype(float)
-    error = np.mean((before - pixels(images.read(0)[0])) ** 2)
+    source = pixels((original / "train/ant/0.jpg").read_bytes()).astype(float)
+    error = np.mean((source - pixels(images.read(0)[0])) ** 2)
     assert 10 * np.log10(255**2 / error) > 35  # dB
 
 
-def test_evaluation_is_that_of_the_original(original, packed):
-    def digest(words):
-        data = build_datasets(words, process())
-        return [(batch["image"], batch["target"]) for batch in val_batches(words, data, process())]
+def test_evaluation_batches_equal_those_of_the_source(original, packed):
+    def batches(config):
+        return val_batches(config, build_datasets(config, process()), process())
 
-    for a, b in zip(digest(data_config(original)), digest(config(packed)), strict=True):
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    for a, b in zip(batches(data_config(original)), batches(config(packed)), strict=True):
+        assert torch.equal(a["image"], b["image"]) and torch.equal(a["target"], b["target"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_backends_and_workers_give_the_same_pixels(packed, workers):
     def batches(*opts):
-        words = config(packed, *NO_MIX, *opts)
-        return list(TrainBatches(words, build_datasets(words, process()), process(), 0, 24))
+        full = config(packed, *NO_MIX, *opts)
+        return list(TrainBatches(full, build_datasets(full, process()), process(), 0, 24))
 
     expected = batches("DATA.BACKEND", "reference")
     for a, b in zip(expected, batches("DATA.BACKEND", "auto", "DATA.NUM_WORKERS", workers), strict=True):
@@ -157,8 +156,8 @@ def test_backends_and_workers_give_the_same_pixels(packed, workers):
 
 def test_images_can_be_sent_to_spawned_workers(packed):
     images = open_packed(packed, "train")
-    again = pickle.loads(pickle.dumps(images))
-    assert again.read(3) == images.read(3) and isinstance(again.read(3)[0], TiledJpeg)
+    copy = pickle.loads(pickle.dumps(images))
+    assert copy.read(3) == images.read(3) and isinstance(copy.read(3)[0], TiledJpeg)
 
 
 # Damage --------------------------------------------------------------------------------------------------------------
@@ -181,25 +180,25 @@ def test_a_flipped_bit_is_a_bad_image(copy):
         pack_dataset.verify(copy, 1)
 
 
-@pytest.mark.parametrize("way", ["shorter", "longer", "gone"])
-def test_a_shard_of_another_size_is_refused(copy, way):
+@pytest.mark.parametrize("change", ["shorter", "longer", "missing"])
+def test_a_shard_of_another_size_is_refused(copy, change):
     shard = copy / "val" / "00000.pack"
     content = shard.read_bytes()
     shard.unlink()
-    if way != "gone":
-        shard.write_bytes(content[:-1] if way == "shorter" else content + b"x")
-    with pytest.raises(UserError, match="00000.pack is missing" if way == "gone" else "should have"):
+    if change != "missing":
+        shard.write_bytes(content[:-1] if change == "shorter" else content + b"x")
+    with pytest.raises(UserError, match="00000.pack is missing" if change == "missing" else "should have"):
         open_packed(copy, "val")
 
 
-def test_an_index_that_cannot_be_used_is_named(copy):
+def test_a_damaged_or_missing_index_is_named(copy):
     index = copy / "train" / INDEX
     whole = index.read_bytes()
     index.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="index.npz is damaged"):
         open_packed(copy, "train")
     index.unlink()
-    with pytest.raises(UserError, match="not packed to the end"):
+    with pytest.raises(UserError, match="has not finished"):
         open_packed(copy, "train")
     (copy / "train" / "00000.pack").unlink()
     with pytest.raises(UserError, match="tools.pack_dataset makes them"):
@@ -210,11 +209,11 @@ def test_an_index_that_cannot_be_used_is_named(copy):
 
 def test_an_index_of_another_format_is_named(copy, monkeypatch):
     monkeypatch.setattr("data.datasets.packed.FORMAT", 2)
-    with pytest.raises(UserError, match="pack format 1, and this program reads 2"):
+    with pytest.raises(UserError, match="has pack format 1, and this program reads 2"):
         open_packed(copy, "train")
 
 
-def test_the_index_is_no_pickle(copy):
+def test_the_index_contains_no_pickle(copy):
     index = copy / "train" / INDEX
     with np.load(index, allow_pickle=False) as arrays:
         assert all(arrays[name].dtype != object for name in arrays.files)

@@ -1,4 +1,4 @@
-"""The zip layout: members read by position, safely from many processes, and its mistakes."""
+"""The zip layout: members are read by position, safely from many processes, and mistakes are named."""
 
 import multiprocessing
 import pickle
@@ -21,8 +21,8 @@ def user_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def open_train(root, mode="no", share=0, shares=1):
-    return open_zip(root, "train", mode, share, shares)
+def open_train(root, mode="no", local_rank=0, local_world_size=1):
+    return open_zip(root, "train", mode, local_rank, local_world_size)
 
 
 def contents(root):
@@ -34,7 +34,7 @@ def contents(root):
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_members_equal_zipfile(tmp_path, mode, method):
     write_zip(tmp_path, "train", NAMES, LABELS, method)
-    images = open_train(tmp_path, mode, share=1, shares=2)
+    images = open_train(tmp_path, mode, local_rank=1, local_world_size=2)
     assert [images.read(i) for i in range(len(images))] == contents(tmp_path)
     assert images.class_names == ["ant", "bee"] and images.num_classes == 2
     assert images.path(7) == f"{tmp_path}/train.zip:bee/1.jpg"
@@ -60,13 +60,13 @@ def test_forked_processes_do_not_disturb_each_other(tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", ["no", "full"])
-def test_pickled_for_a_spawned_worker_it_reads_the_file(tmp_path, mode):
+def test_a_spawned_worker_reads_the_file(tmp_path, mode):
     write_zip(tmp_path, "train", NAMES, LABELS)
     images = pickle.loads(pickle.dumps(open_train(tmp_path, mode)))
     assert [images.read(i) for i in range(len(images))] == contents(tmp_path)
 
 
-def test_zip_with_something_before_it_and_with_extra_fields(tmp_path):
+def test_zip_with_a_prefix_and_extra_fields(tmp_path):
     write_zip(tmp_path, "train", NAMES, LABELS)
     expected = contents(tmp_path)
     with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
@@ -84,14 +84,16 @@ def test_index_is_cached_until_zip_or_map_change(tmp_path, monkeypatch):
     write_zip(tmp_path, "train", NAMES, LABELS)
     age(tmp_path)
     opened, original = [], zipfile.ZipFile
-    count = lambda *args, **kw: opened.append(args) or original(*args, **kw)  # noqa: E731
+
+    def count(path, *args, **kwargs):
+        opened.extend([path] * str(path).endswith("train.zip"))
+        return original(path, *args, **kwargs)
+
     monkeypatch.setattr("data.datasets.zip_archive.zipfile.ZipFile", count)
     first = open_train(tmp_path)
-    zips = [args for args in opened if str(args[0]).endswith("train.zip")]
-    assert len(zips) == 1
-    again = open_train(tmp_path)
-    zips = [args for args in opened if str(args[0]).endswith("train.zip")]
-    assert len(zips) == 1 and again.read(3) == first.read(3) and again.class_names == ["ant", "bee"]
+    assert len(opened) == 1
+    second = open_train(tmp_path)
+    assert len(opened) == 1 and second.read(3) == first.read(3) and second.class_names == ["ant", "bee"]
     map_file = tmp_path / "train_map.txt"
     map_file.write_text("".join(map_file.read_text().splitlines(keepends=True)[1:]))
     assert len(open_train(tmp_path)) == 11
@@ -148,29 +150,30 @@ def test_map_that_is_empty_or_not_utf8(tmp_path):
         open_train(tmp_path)
 
 
-def _set_flag(path, where, flag):
-    """Sets `flag` in the two bytes at `where` behind each central header's signature."""
-    content, at = bytearray(path.read_bytes()), 0
-    while (at := content.find(b"PK\x01\x02", at + 1)) > 0:
-        content[at + where : at + where + 2] = flag.to_bytes(2, "little")
+def _set_header(path, offset, value):
+    """Writes `value` to the two bytes at `offset` in each header of the central directory."""
+    content, start = bytearray(path.read_bytes()), 0
+    while (start := content.find(b"PK\x01\x02", start + 1)) > 0:
+        content[start + offset : start + offset + 2] = value.to_bytes(2, "little")
     path.write_bytes(content)
 
 
-def test_zips_that_cannot_be_read(tmp_path):
+def test_unreadable_zips(tmp_path):
     with pytest.raises(UserError, match=r"train.zip is missing.*train_map.txt"):
         open_train(tmp_path)
     write_zip(tmp_path, "train", NAMES, LABELS)
-    whole = (tmp_path / "train.zip").read_bytes()
-    (tmp_path / "train.zip").write_bytes(whole[:-50])
+    archive = tmp_path / "train.zip"
+    content = archive.read_bytes()
+    archive.write_bytes(content[:-50])
     with pytest.raises(UserError, match="cannot be read as a zip"):
         open_train(tmp_path)
-    (tmp_path / "train.zip").write_bytes(whole)
-    _set_flag(tmp_path / "train.zip", 8, 1)
+    archive.write_bytes(content)
+    _set_header(archive, 8, 1)
     with pytest.raises(UserError, match="'ant/0.jpg' is encrypted"):
         open_train(tmp_path)
-    (tmp_path / "train.zip").write_bytes(whole)
-    _set_flag(tmp_path / "train.zip", 10, 14)
-    with pytest.raises(UserError, match="packed by method 14"):
+    archive.write_bytes(content)
+    _set_header(archive, 10, 14)
+    with pytest.raises(UserError, match="compression method 14"):
         open_train(tmp_path)
 
 
@@ -179,9 +182,9 @@ def test_zips_that_cannot_be_read(tmp_path):
 def test_damaged_member_is_a_bad_image(tmp_path, method, mode):
     write_zip(tmp_path, "train", NAMES, LABELS, method)
     with zipfile.ZipFile(tmp_path / "train.zip") as archive:
-        at = archive.getinfo(NAMES[2]).header_offset
+        offset = archive.getinfo(NAMES[2]).header_offset
     content = bytearray((tmp_path / "train.zip").read_bytes())
-    content[at + 200] ^= 1
+    content[offset + 200] ^= 1
     (tmp_path / "train.zip").write_bytes(content)
     images = open_train(tmp_path, mode)
     with pytest.raises(BadImage, match="train.zip:ant/2.jpg: damaged zip"):
@@ -189,7 +192,7 @@ def test_damaged_member_is_a_bad_image(tmp_path, method, mode):
     images.read(3)
 
 
-def test_zip_cut_off_while_training_is_a_bad_image(tmp_path):
+def test_zip_truncated_during_training_is_a_bad_image(tmp_path):
     write_zip(tmp_path, "train", NAMES, LABELS)
     images = open_train(tmp_path)
     (tmp_path / "train.zip").write_bytes((tmp_path / "train.zip").read_bytes()[:500])
@@ -197,10 +200,10 @@ def test_zip_cut_off_while_training_is_a_bad_image(tmp_path):
         images.read(11)
 
 
-def test_full_refuses_what_memory_cannot_hold(tmp_path):
+def test_full_cache_refuses_a_zip_larger_than_memory(tmp_path):
     write_zip(tmp_path, "train", NAMES, LABELS)
     with pytest.raises(UserError, match="--cache-mode part"):
-        open_train(tmp_path, "full", shares=10**9)
+        open_train(tmp_path, "full", local_world_size=10**9)
 
 
 def _write_22k(root, split, text):
@@ -225,8 +228,8 @@ def test_imagenet_22k_reads_json_and_lines(tmp_path, text):
         ("n01/a.jpg\t21841", "line 1: label 21841"),
         ('[["n01/a.jpg", 1], ["n02/b.jpg"]]', "entry 2: expected"),
         ('[["n01/a.jpg", true]]', "entry 1: expected"),
-        ('[["n01/a.jpg", 1]', "not sound JSON"),
-        ("[" * 100000, "not sound JSON"),
+        ('[["n01/a.jpg", 1]', "not valid JSON"),
+        ("[" * 100000, "not valid JSON"),
         ("[]", "lists no images"),
     ],
 )

@@ -144,7 +144,7 @@ def test_the_preset_is_logged_and_used(images, caplog, layout, opts, message):
     with caplog.at_level(logging.INFO, logger="data.build"):
         batches = val_batches(config, data, process(), layout)
     assert [r.getMessage() for r in caplog.records if r.name == "data.build"] == [
-        f"validation images are prepared as by {message}"
+        "evaluation preset: {} ({})".format(*message.split(": ", 1))
     ]
     origin = message.partition(":")[0]
     inputs = timm_inputs("regnety_040", 48) if opts is REGNET else InputConfig()
