@@ -77,7 +77,7 @@ def flip_bits(data: bytes, draws: random.Random) -> bytes:
 
 def flip_in_directory(data: bytes, draws: random.Random) -> bytes:
     """In the zip's directory, which has no checksum of its own, and behind it."""
-    return _flip(data, draws, data.datasets.index(b"PK\x01\x02"), len(data), draws.randrange(1, 4))
+    return _flip(data, draws, data.index(b"PK\x01\x02"), len(data), draws.randrange(1, 4))
 
 
 def flip_in_pickle(data: bytes, draws: random.Random) -> bytes:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import utils.checkpoint.async_saver
-from engine import train_step
+from engine import train_step, trainer
 from tests._report import Report
 from tests.faults.runs import BATCH, Inject, Place, adopt_orphans, difference_of_runs, last
 
@@ -88,10 +88,10 @@ def _asking(moment: str, at: int, number: int, victim: int, notes: Path) -> Inje
     """
 
     def inject(rank: int) -> None:
-        loop, finish = train_step.trainer.train_step.train, train_step.trainer.Run.fit
+        loop, finish = train_step.train, trainer.Run.fit
         initialise, copied = (
-            train_step.trainer.PreemptionHandler.__init__,
-            utils.checkpoint.async_saver.AsyncCheckpointer._copy,
+            trainer.PreemptionHandler.__init__,
+            utils.checkpoint.async_saver.AsyncCheckpointer._copied,
         )
         evaluate = train_step.evaluate
         seen = {"update": 0, "evaluation": 0, "save": 0, "asked": None}
@@ -135,7 +135,7 @@ def _asking(moment: str, at: int, number: int, victim: int, notes: Path) -> Inje
             noting_loop,
             lambda a, b, batches: evaluate(a, b, asking_batches(batches)),
         )
-        train_step.trainer.Run.fit, train_step.trainer.PreemptionHandler.__init__ = noting_end, noting_initialise
-        utils.checkpoint.async_saver.AsyncCheckpointer._copy = asking_copied
+        trainer.Run.fit, trainer.PreemptionHandler.__init__ = noting_end, noting_initialise
+        utils.checkpoint.async_saver.AsyncCheckpointer._copied = asking_copied
 
     return inject

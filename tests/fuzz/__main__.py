@@ -27,9 +27,10 @@ def main() -> int:
     if unknown := set(args.kinds) - set(COUNTS):
         parser.error(f"there is no {', '.join(unknown)}; choose from {', '.join(COUNTS)}")
 
-    import modes  # noqa: F401
-
-    import main  # noqa: F401  imported here, once, for all the children
+    import engine.evaluation  # noqa: F401  imported here once, for all children
+    import engine.throughput  # noqa: F401
+    import engine.trainer  # noqa: F401
+    import main  # noqa: F401
 
     failed = False
     for kind in args.kinds or COUNTS:

@@ -25,12 +25,12 @@ def run_briefly(argv: Sequence[object], folder: Path) -> Outcome:
     """main.py in a child, in `folder`, where training ends after 20 updates and speed is measured in an instant."""
 
     def call() -> int:
-        import engine
+        from engine import train_step
 
         os.chdir(folder)
-        train, measure = engine.train, engine.measure
-        engine.train = lambda *args: itertools.islice(train(*args), 20)
-        engine.measure = lambda step, images, device: measure(step, images, device, seconds=0.0, runs=1)
+        train, measure = train_step.train, train_step.measure
+        train_step.train = lambda *args: itertools.islice(train(*args), 20)
+        train_step.measure = lambda step, images, device: measure(step, images, device, seconds=0.0, runs=1)
         return run_main(argv)
 
     return forked(call, TIMEOUT, MEMORY)

@@ -175,7 +175,7 @@ def _flag(bit: int) -> Callable[[bytes, random.Random], bytes]:
     """Sets a bit of the flags of the first member, in the directory."""
 
     def change(data: bytes, draws: random.Random) -> bytes:
-        place = data.datasets.index(b"PK\x01\x02") + 8
+        place = data.index(b"PK\x01\x02") + 8
         return data[:place] + bytes([data[place] | bit]) + data[place + 1 :]
 
     return change
@@ -185,7 +185,7 @@ def _field(offset: int, size: int) -> Callable[[bytes, random.Random], bytes]:
     """Another number in one field of a member's entry in the directory."""
 
     def change(data: bytes, draws: random.Random) -> bytes:
-        place = data.datasets.index(b"PK\x01\x02") + offset
+        place = data.index(b"PK\x01\x02") + offset
         number = draws.choice((0, 1, 2 ** (8 * size - 1), 2 ** (8 * size) - 1, draws.randrange(2 ** (8 * size))))
         return data[:place] + number.to_bytes(size, "little") + data[place + size :]
 
@@ -198,7 +198,7 @@ def _bomb(root: Path, draws: random.Random) -> None:
     (root / "train_map.txt").write_text(PLAIN_MAP + "bomb.jpg\t0\n")
     if draws.random() < 0.5:
         data = bytearray((root / "train.zip").read_bytes())
-        struct.pack_into("<I", data, data.datasets.index(b"PK\x01\x02") + 24, 5000)
+        struct.pack_into("<I", data, data.index(b"PK\x01\x02") + 24, 5000)
         (root / "train.zip").write_bytes(data)
 
 
