@@ -24,8 +24,8 @@ _SUSPICIOUS = (
     "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn", "subprocess.Popen",
     "socket.connect", "socket.getaddrinfo", "ctypes.dlopen", "webbrowser.open",
 )  # fmt: skip
-_OWN_PROGRAMS = ("git", "uname", "lscpu")  # what a run asks for its notes, see utils/tracking/run_dir.py
-_NOTE = "\x00executed: "
+_EXPECTED_PROGRAMS = ("git", "uname", "lscpu")  # what a run asks for its notes, see utils/tracking/run_dir.py
+_EXECUTED = "\x00executed: "
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Outcome:
     executed: programs started, connections made and the like."""
 
     code: int | None
-    said: str
+    output: str
     seconds: float
     executed: tuple[str, ...]
 
@@ -57,28 +57,28 @@ def forked(call: Callable[[], int | None], timeout: float = 60.0, memory: int = 
         memory: bytes of address space that the child may take beyond what it begins with; 0 for no limit.
     """
     load_native_parts()
-    reading, writing = os.pipe()  # not a file: limits on files and full disks are among what is tested
-    os.set_blocking(reading, False)
+    read_fd, write_fd = os.pipe()  # not a file: limits on files and full disks are among what is tested
+    os.set_blocking(read_fd, False)
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        _be_the_child(call, writing, timeout, memory)
-    os.close(writing)
+        _run_child(call, write_fd, timeout, memory)
+    os.close(write_fd)
     output = bytearray()
-    code = _wait(child, reading, output, started + timeout)
+    code = _wait(child, read_fd, output, started + timeout)
     seconds = time.monotonic() - started
-    os.close(reading)
+    os.close(read_fd)
     lines = output.decode(errors="replace").split("\n")
-    executed = tuple(line.split(_NOTE)[1] for line in lines if _NOTE in line)
-    return Outcome(code, "\n".join(line for line in lines if _NOTE not in line), seconds, executed)
+    executed = tuple(line.split(_EXECUTED)[1] for line in lines if _EXECUTED in line)
+    return Outcome(code, "\n".join(line for line in lines if _EXECUTED not in line), seconds, executed)
 
 
-def _wait(child: int, reading: int, output: bytearray, end: float) -> int | None:
+def _wait(child: int, read_fd: int, output: bytearray, end: float) -> int | None:
     """Collects what the child says until it ends; None, and its end, when that is after `end`."""
     while time.monotonic() < end:
         pid, status = os.waitpid(child, os.WNOHANG)
-        select.select([reading], [], [], 0 if pid else 0.005)
-        _drain(reading, output)
+        select.select([read_fd], [], [], 0 if pid else 0.005)
+        _drain(read_fd, output)
         if pid:
             return os.waitstatus_to_exitcode(status)
     for target in (-child, child):  # with all that it started
@@ -87,19 +87,19 @@ def _wait(child: int, reading: int, output: bytearray, end: float) -> int | None
         except ProcessLookupError:
             continue
     os.waitpid(child, 0)
-    _drain(reading, output)
+    _drain(read_fd, output)
     return None
 
 
-def _drain(reading: int, output: bytearray) -> None:
+def _drain(read_fd: int, output: bytearray) -> None:
     try:
-        while chunk := os.read(reading, 1 << 16):
+        while chunk := os.read(read_fd, 1 << 16):
             output += chunk
     except BlockingIOError:
         return
 
 
-def _be_the_child(call: Callable[[], int | None], output: int, timeout: float, memory: int) -> None:
+def _run_child(call: Callable[[], int | None], output: int, timeout: float, memory: int) -> None:
     """Never returns: leaves by os._exit, so that nothing of the parent (its tests, its files) is ended twice."""
     code = 1
     try:
@@ -112,7 +112,7 @@ def _be_the_child(call: Callable[[], int | None], output: int, timeout: float, m
         if memory:
             taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (taken + memory, resource.RLIM_INFINITY))
-        sys.addaudithook(_note)
+        sys.addaudithook(_audit)
         code = call() or 0
         sys.stdout.flush()
     except SystemExit as error:
@@ -124,13 +124,13 @@ def _be_the_child(call: Callable[[], int | None], output: int, timeout: float, m
         os._exit(code)
 
 
-def _note(event: str, arguments: tuple) -> None:
+def _audit(event: str, arguments: tuple) -> None:
     if event not in _SUSPICIOUS:
         return
     if event == "socket.connect" and isinstance(arguments[1], str):
         return  # a socket of this machine, as loader workers have
-    if event == "subprocess.Popen" and os.path.basename(str(arguments[0])) in _OWN_PROGRAMS:
+    if event == "subprocess.Popen" and os.path.basename(str(arguments[0])) in _EXPECTED_PROGRAMS:
         return
-    if event in ("os.posix_spawn", "os.exec") and os.path.basename(os.fsdecode(arguments[0])) in _OWN_PROGRAMS:
+    if event in ("os.posix_spawn", "os.exec") and os.path.basename(os.fsdecode(arguments[0])) in _EXPECTED_PROGRAMS:
         return
-    os.write(2, f"\n{_NOTE}{event} {arguments!r}".replace("\n", " ").join("\n\n").encode(errors="replace"))
+    os.write(2, f"\n{_EXECUTED}{event} {arguments!r}".replace("\n", " ").join("\n\n").encode(errors="replace"))

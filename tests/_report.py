@@ -11,17 +11,17 @@ class Report:
 
     name: str
     seed: int
-    good: Counter = field(default_factory=Counter)
+    passed_by_kind: Counter = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
-    def add(self, what: str, ok: bool, detail: str = "") -> None:
+    def add(self, kind: str, passed: bool, detail: str = "") -> None:
         """Counts a case of the kind `what`; of one that is not `ok`, `detail` says what went wrong, and with what."""
-        if ok:
-            self.good[what] += 1
+        if passed:
+            self.passed_by_kind[kind] += 1
         else:
-            self.failures.append(f"{what}: {detail}")
+            self.failures.append(f"{kind}: {detail}")
 
     def note(self, line: str) -> None:
         """Something that is to be printed with the counts."""
@@ -29,13 +29,13 @@ class Report:
 
     @property
     def count(self) -> int:
-        return sum(self.good.values()) + len(self.failures)
+        return sum(self.passed_by_kind.values()) + len(self.failures)
 
     def lines(self) -> list[str]:
         """What is printed: the counts by kind, the seed and the time; and each failure."""
         minutes = (time.monotonic() - self.started) / 60
         head = f"{self.name}: {self.count - len(self.failures)} of {self.count} as they should be"
-        kinds = [f"  {number:5d}  {what}" for what, number in sorted(self.good.items())]
+        kinds = [f"  {number:5d}  {kind}" for kind, number in sorted(self.passed_by_kind.items())]
         failed = [f"  FAILED {failure}" for failure in self.failures]
         notes = [f"  {note}" for note in self.notes]
         return [f"{head} (seed {self.seed}, {minutes:.1f} minutes)", *kinds, *notes, *failed]

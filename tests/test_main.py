@@ -19,7 +19,7 @@ from main import main
 from utils.paths import REPO_ROOT
 
 TRAIN, VAL, BATCH = 44, 14, 8  # an epoch is five and a half batches: batches reach over its end
-COLOURS = {"blue": (30, 30, 220), "green": (30, 220, 30)}
+COLORS = {"blue": (30, 30, 220), "green": (30, 220, 30)}
 
 RECIPE = f"""
 DATA: {{IMG_SIZE: 32, BATCH_SIZE: {BATCH}, NUM_WORKERS: 0}}
@@ -50,10 +50,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes told apart by their colour."""
     root = tmp_path_factory.mktemp("images")
     for split, count in (("train", TRAIN // 2), ("val", VAL // 2)):
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                shade = tuple(min(255, c + 5 * (i % 7)) for c in colour)
+                shade = tuple(min(255, c + 5 * (i % 7)) for c in color)
                 Image.new("RGB", (40, 36), shade).save(root / split / name / f"{i}.jpg")
     return root
 
@@ -68,21 +68,21 @@ def recipe(tmp_path: Path) -> Path:
 def job(recipe: Path, images: Path, capfd: pytest.CaptureFixture):
     """Runs main.py in this process; returns its exit code and all it said."""
 
-    def run(*words: str, data: Path = images) -> tuple[int, str]:
+    def run(*args: str, data: Path = images) -> tuple[int, str]:
         capfd.readouterr()
-        argv = ["--cfg", str(recipe), "--data-path", str(data), "--output", str(recipe.parent / "logs"), *words]
+        argv = ["--cfg", str(recipe), "--data-path", str(data), "--output", str(recipe.parent / "logs"), *args]
         code = main(argv)
-        said = capfd.readouterr()
-        return code, said.out + said.err
+        output = capfd.readouterr()
+        return code, output.out + output.err
 
     return run
 
 
-def command(recipe: Path, images: Path, *words: str, processes: int = 1) -> list[str]:
+def command(recipe: Path, images: Path, *args: str, processes: int = 1) -> list[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     start = start if processes > 1 else [sys.executable]
     where = ["--data-path", str(images), "--output", str(recipe.parent / "logs")]
-    return [*start, str(REPO_ROOT / "main.py"), "--cfg", str(recipe), *where, *words]
+    return [*start, str(REPO_ROOT / "main.py"), "--cfg", str(recipe), *where, *args]
 
 
 def kill_all(recipe: Path) -> None:
@@ -96,12 +96,12 @@ def kill_all(recipe: Path) -> None:
             continue  # it ended meanwhile
 
 
-def run_folder(recipe: Path, tag: str = "default") -> Path:
+def run_dir(recipe: Path, tag: str = "default") -> Path:
     return recipe.parent / "logs" / "tiny" / tag
 
 
 def checkpoint(recipe: Path, tag: str = "default", name: str = "last") -> dict:
-    return torch.load(run_folder(recipe, tag) / "checkpoints" / f"{name}.pth", weights_only=True)
+    return torch.load(run_dir(recipe, tag) / "checkpoints" / f"{name}.pth", weights_only=True)
 
 
 def assert_same(one, other, where: str = "") -> None:
@@ -122,11 +122,11 @@ def assert_same(one, other, where: str = "") -> None:
 
 
 def test_one_run_from_start_to_end(job, recipe: Path):
-    code, said = job()
-    assert code == 0, said
-    folder = run_folder(recipe)
+    code, output = job()
+    assert code == 0, output
+    folder = run_dir(recipe)
     for word in ("best top-1", f"less {folder}/log.txt", f"tensorboard --logdir {folder}/tensorboard", "best.pth"):
-        assert word in said
+        assert word in output
 
     updates = -(-3 * TRAIN // BATCH)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -153,27 +153,27 @@ def test_one_run_from_start_to_end(job, recipe: Path):
     assert_same(saved, checkpoint(recipe))
 
     # Its best checkpoint is as good as it was said to be.
-    code, said = job("--eval", "--resume", str(folder / "checkpoints" / "best.pth"))
-    assert code == 0, said
-    best = checkpoint(recipe, name="best")["state"]["best_metric"]
-    assert f"top-1 {best:.3f} %" in said
-    assert f"{VAL} images" in said and "average of the weights" in said
+    code, output = job("--eval", "--resume", str(folder / "checkpoints" / "best.pth"))
+    assert code == 0, output
+    best = checkpoint(recipe, name="best")["state"]["best"]
+    assert f"top-1 {best:.3f} %" in output
+    assert f"{VAL} images" in output and "average of the weights" in output
 
 
 def test_a_complete_run_says_so(job, recipe: Path):
     assert job("--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")[0] == 0
-    code, said = job("--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")
-    assert code == 0 and "this run is complete: all 1 epochs are done" in said
+    code, output = job("--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")
+    assert code == 0 and "this run is complete: all 1 epochs are done" in output
 
 
 def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Path, images: Path):
     """Two processes with two workers each, kill -9 of them all, a start with the same command."""
-    words = ["--opts", "SAVE_STEPS", "1", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2"]
-    through = command(recipe, images, "--tag", "through", *words, processes=2)
+    args = ["--opts", "SAVE_STEPS", "1", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2"]
+    through = command(recipe, images, "--tag", "through", *args, processes=2)
     subprocess.run(through, check=True, capture_output=True, cwd=REPO_ROOT, env=CPU_ONLY, timeout=280)
 
-    killed = command(recipe, images, "--tag", "killed", *words, processes=2)
-    lines = run_folder(recipe, "killed") / "metrics.jsonl"
+    killed = command(recipe, images, "--tag", "killed", *args, processes=2)
+    lines = run_dir(recipe, "killed") / "metrics.jsonl"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(killed, cwd=REPO_ROOT, env=CPU_ONLY, **pipes) as running:
         for line in running.stdout:
@@ -205,9 +205,9 @@ def test_asked_to_stop_it_saves_at_once_and_continues_to_the_same_bits(job, reci
 
     with monkeypatch.context() as patch:
         patch.setattr(train_step, "train", asked)
-        code, said = job("--tag", "stopped")
-    assert code == 0 and "asked to stop: saved after 64 images; the same command continues" in said
-    assert checkpoint(recipe, "stopped")["state"]["images_seen"] == 64
+        code, output = job("--tag", "stopped")
+    assert code == 0 and "asked to stop: saved after 64 images; the same command continues" in output
+    assert checkpoint(recipe, "stopped")["state"]["samples"] == 64
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert job("--tag", "stopped")[0] == 0
     one, other = checkpoint(recipe, "through"), checkpoint(recipe, "stopped")
@@ -215,138 +215,136 @@ def test_asked_to_stop_it_saves_at_once_and_continues_to_the_same_bits(job, reci
 
 
 def test_one_process_asked_stops_all_at_the_same_update(recipe: Path, images: Path):
-    words = ["--tag", "asked", "--opts", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2", "TRAIN.EPOCHS", "1000"]
+    args = ["--tag", "asked", "--opts", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2", "TRAIN.EPOCHS", "1000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(
-        command(recipe, images, *words, processes=2), cwd=REPO_ROOT, env=CPU_ONLY, **pipes
-    ) as running:
+    with subprocess.Popen(command(recipe, images, *args, processes=2), cwd=REPO_ROOT, env=CPU_ONLY, **pipes) as running:
         for line in running.stdout:
             if "epoch 2.1" in line:
                 os.kill(rank_1(recipe), signal.SIGUSR1)
                 break
-        said = running.stdout.read()
-    assert running.returncode == 0, said
-    assert "asked to stop" in said
-    assert 2 * TRAIN < checkpoint(recipe, "asked")["state"]["images_seen"] < 100 * TRAIN
+        output = running.stdout.read()
+    assert running.returncode == 0, output
+    assert "asked to stop" in output
+    assert 2 * TRAIN < checkpoint(recipe, "asked")["state"]["samples"] < 100 * TRAIN
 
 
 def rank_1(recipe: Path) -> int:
     """The process of rank 1: of those with its environment, the one that the others are children of."""
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if (
                 str(recipe).encode() in (path / "cmdline").read_bytes()
                 and b"\0RANK=1\0" in (path / "environ").read_bytes()
             ):
-                found.append(int(path.name))
+                pids.append(int(path.name))
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-    return min(found)
+    return min(pids)
 
 
 def test_processes_share_one_order_and_one_evaluation(recipe: Path, images: Path, job):
     """Two processes with half the batch make the updates of one with the whole, but for the order of summing."""
     one = job("--tag", "one", "--opts", "TRAIN.ACCUMULATION_STEPS", "2", "DATA.BATCH_SIZE", "4")
     assert one[0] == 0, one[1]
-    words = ["--tag", "two", "--batch-size", "4"]
-    two = command(recipe, images, *words, processes=2)
+    args = ["--tag", "two", "--batch-size", "4"]
+    two = command(recipe, images, *args, processes=2)
     subprocess.run(two, check=True, capture_output=True, cwd=REPO_ROOT, env=CPU_ONLY, timeout=280)
     a, b = checkpoint(recipe, "one"), checkpoint(recipe, "two")
     assert a["state"]["images_seen"] == b["state"]["images_seen"]
     for name, value in a["model"].items():
         torch.testing.assert_close(value, b["model"][name], rtol=1e-3, atol=1e-4, msg=name)
-    evaluate = ["--eval", "--resume", str(run_folder(recipe, "one") / "checkpoints" / "last.pth")]
+    evaluate = ["--eval", "--resume", str(run_dir(recipe, "one") / "checkpoints" / "last.pth")]
     alone = job(*evaluate)[1]
     two = command(recipe, images, *evaluate, processes=2)
     together = subprocess.run(
         two, check=True, capture_output=True, text=True, cwd=REPO_ROOT, env=CPU_ONLY, timeout=280
     ).stdout
-    results = [[line for line in said.splitlines() if "top-1" in line] for said in (alone, together)]
+    results = [[line for line in output.splitlines() if "top-1" in line] for output in (alone, together)]
     assert len(results[0]) == 2 and results[0] == results[1]
 
 
 def test_another_configuration_in_the_same_folder(job, recipe: Path):
     short = ["--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     assert job(*short)[0] == 0
-    code, said = job(*short, "TRAIN.BASE_LR", "0.05")
+    code, output = job(*short, "TRAIN.BASE_LR", "0.05")
     assert (
         code == 2
-        and "TRAIN.BASE_LR: 0.1 there, 0.05 now" in said
-        and "--allow-config-change" in said
-        and "--tag" in said
+        and "TRAIN.BASE_LR: 0.1 there, 0.05 now" in output
+        and "--allow-config-change" in output
+        and "--tag" in output
     )
     longer = ["--opts", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0"]
-    code, said = job("--allow-config-change", *longer)
-    assert code == 0 and "TRAIN.EPOCHS: 1 there, 2 now" in said
-    assert checkpoint(recipe)["state"]["images_seen"] == 2 * TRAIN
-    code, said = job(*longer, "TRAIN.AUTO_RESUME", "False")
-    assert code == 2 and "TRAIN.AUTO_RESUME is off" in said
-    (run_folder(recipe) / "config.yaml").unlink()
+    code, output = job("--allow-config-change", *longer)
+    assert code == 0 and "TRAIN.EPOCHS: 1 there, 2 now" in output
+    assert checkpoint(recipe)["state"]["samples"] == 2 * TRAIN
+    code, output = job(*longer, "TRAIN.AUTO_RESUME", "False")
+    assert code == 2 and "TRAIN.AUTO_RESUME is off" in output
+    (run_dir(recipe) / "config.yaml").unlink()
     assert job(*longer, "SEED", "9")[0] == 2, "the checkpoint itself says what it belongs to"
-    code, said = job("--allow-config-change", *longer, "DATA.BATCH_SIZE", "14")
-    assert code == 2 and "no whole number of updates at 14 images" in said
+    code, output = job("--allow-config-change", *longer, "DATA.BATCH_SIZE", "14")
+    assert code == 2 and "no whole number of updates at 14 images" in output
     assert job(*longer)[0] == 0, "what was refused has changed nothing"
-    code, said = job("--allow-config-change", "--optim", "sgd", *longer)
-    assert code == 2 and "its optimizer is AdamW, not SGD" in said
+    code, output = job("--allow-config-change", "--optim", "sgd", *longer)
+    assert code == 2 and "its optimizer is AdamW, not SGD" in output
 
 
 def test_how_a_run_ended_stands_in_its_log(job, recipe: Path):
-    code, said = job("--opts", "TRAIN.BASE_LR", "1e30", "TRAIN.MAX_BAD_STEPS", "2")
+    code, output = job("--opts", "TRAIN.BASE_LR", "1e30", "TRAIN.MAX_BAD_STEPS", "2")
     assert code == 3
-    log = (run_folder(recipe) / "log.txt").read_text()
+    log = (run_dir(recipe) / "log.txt").read_text()
     assert "ERROR" in log and "updates in a row" in log and "epoch 0." in log
 
 
 def test_explicit_resume_wins_over_the_folder(job, recipe: Path):
     assert job()[0] == 0
-    first = run_folder(recipe) / "checkpoints" / "epoch_0001.pth"
-    code, said = job("--resume", str(first))
-    assert code == 0 and f"continuing from {first}, after 48 images" in said
-    assert checkpoint(recipe)["state"]["images_seen"] == 17 * BATCH
+    first = run_dir(recipe) / "checkpoints" / "epoch_0001.pth"
+    code, output = job("--resume", str(first))
+    assert code == 0 and f"continuing from {first}, after 48 images" in output
+    assert checkpoint(recipe)["state"]["samples"] == 17 * BATCH
     # The same command again goes on from what it made of it, instead of beginning there once more.
-    code, said = job("--resume", str(first))
-    assert code == 0 and "this run is complete" in said
+    code, output = job("--resume", str(first))
+    assert code == 0 and "this run is complete" in output
     # In a folder of its own too, and only with the configuration of the checkpoint.
-    code, said = job("--resume", str(first), "--tag", "copy", "--opts", "SEED", "5")
-    assert code == 2 and "SEED: 0 there, 5 now" in said
-    assert not (run_folder(recipe, "copy") / "config.yaml").exists()
+    code, output = job("--resume", str(first), "--tag", "copy", "--opts", "SEED", "5")
+    assert code == 2 and "SEED: 0 there, 5 now" in output
+    assert not (run_dir(recipe, "copy") / "config.yaml").exists()
 
 
 def test_fine_tuning_on_other_classes_and_another_window(job, recipe: Path, images: Path, tmp_path: Path):
     short = ["TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     assert job("--opts", *short)[0] == 0
-    weights = run_folder(recipe) / "checkpoints" / "last.pth"
+    weights = run_dir(recipe) / "checkpoints" / "last.pth"
     others = tmp_path / "others"
     for split in ("train", "val"):
         for name, shade in (("a", 20), ("b", 120), ("c", 220)):
             (others / split / name).mkdir(parents=True)
             for i in range(6):
                 Image.new("RGB", (36, 36), (shade, shade, i)).save(others / split / name / f"{i}.jpg")
-    words = ["--tag", "tuned", "--pretrained", str(weights), "--opts", *short, "MODEL.SWIN.WINDOW_SIZE", "8"]
-    code, said = job(*words, data=others)
-    assert code == 0, said
-    assert "bicubic" in said and "head.weight" in said and "other classes: starts from zeros" in said
+    args = ["--tag", "tuned", "--pretrained", str(weights), "--opts", *short, "MODEL.SWIN.WINDOW_SIZE", "8"]
+    code, output = job(*args, data=others)
+    assert code == 0, output
+    assert "bicubic" in output and "head.weight" in output and "other classes: starts from zeros" in output
     assert checkpoint(recipe, "tuned")["class_names"] == ["a", "b", "c"]
-    code, said = job("--eval", "--pretrained", str(weights), data=others)
-    assert code == 2 and "other classes" in said
-    code, said = job("--tag", "new", "--resume", str(recipe), "--opts", *short)
-    assert code == 2 and "not a readable checkpoint" in said
+    code, output = job("--eval", "--pretrained", str(weights), data=others)
+    assert code == 2 and "other classes" in output
+    code, output = job("--tag", "new", "--resume", str(recipe), "--opts", *short)
+    assert code == 2 and "not a readable checkpoint" in output
 
 
 def test_weights_alone_are_no_run_to_continue(job, recipe: Path, tmp_path: Path):
     assert job("--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")[0] == 0
     torch.save({"model": checkpoint(recipe)["model"]}, tmp_path / "weights.pth")
-    code, said = job("--tag", "other", "--resume", str(tmp_path / "weights.pth"))
-    assert code == 2 and "no run to continue" in said and "--pretrained" in said
-    code, said = job("--tag", "other", "--eval", "--resume", str(tmp_path / "weights.pth"))
-    assert code == 0, said
+    code, output = job("--tag", "other", "--resume", str(tmp_path / "weights.pth"))
+    assert code == 2 and "no run to continue" in output and "--pretrained" in output
+    code, output = job("--tag", "other", "--eval", "--resume", str(tmp_path / "weights.pth"))
+    assert code == 0, output
 
 
 def test_divergence_stops_the_run_and_saves_nothing_bad(job, recipe: Path):
-    code, said = job("--opts", "TRAIN.BASE_LR", "1e30", "TRAIN.MAX_BAD_STEPS", "2", "SAVE_STEPS", "1")
-    assert code == 3, said
-    assert "not finite" in said and "last good checkpoint" in said
+    code, output = job("--opts", "TRAIN.BASE_LR", "1e30", "TRAIN.MAX_BAD_STEPS", "2", "SAVE_STEPS", "1")
+    assert code == 3, output
+    assert "not finite" in output and "last good checkpoint" in output
     model = checkpoint(recipe)["model"]
     assert all(value.isfinite().all() for value in model.values())
 
@@ -358,24 +356,24 @@ def test_corrupt_image_stops_the_run_by_name(job, recipe: Path, tmp_path: Path, 
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
     (broken / "train" / "blue" / "3.jpg").write_bytes(b"no picture")
-    code, said = job(data=broken)
-    assert code == 2 and "blue/3.jpg" in said and "DATA.MAX_BAD_IMAGES" in said
-    words = ["DATA.MAX_BAD_IMAGES", "5", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
-    code, said = job("--opts", *words, data=broken)
-    assert code == 0 and "blue/3.jpg" in said
+    code, output = job(data=broken)
+    assert code == 2 and "blue/3.jpg" in output and "DATA.MAX_BAD_IMAGES" in output
+    args = ["DATA.MAX_BAD_IMAGES", "5", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    code, output = job("--opts", *args, data=broken)
+    assert code == 0 and "blue/3.jpg" in output
 
 
 def test_throughput_needs_no_data(recipe: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(train_step, "measure", functools.partial(train_step.measure, seconds=0.05, runs=3))
     assert main(["--cfg", str(recipe), "--throughput", "--batch-size", "2"]) == 0
-    said = capfd.readouterr().out
+    output = capfd.readouterr().out
     for word in ("inference", "training", "images/s", "float32", "batch 2", "GiB"):
-        assert word in said
+        assert word in output
     assert not (recipe.parent / "logs").exists()
 
 
 def test_mistakes_end_with_code_2_and_no_traceback(job, tmp_path: Path):
-    for words, expected in (
+    for args, expected in (
         (["--eval"], "--resume FILE or --pretrained FILE"),
         (["--opts", "TRAIN.EPOCH", "3"], "TRAIN.EPOCHS"),
         (["--opts", "MODEL.NUM_CLASSES", "5"], "MODEL.NUM_CLASSES"),
@@ -383,15 +381,15 @@ def test_mistakes_end_with_code_2_and_no_traceback(job, tmp_path: Path):
         (["--data-path", str(tmp_path / "none")], "no folder"),
         (["--pretrained", "weights.pth", "--resume", "run.pth"], "one of --resume and --pretrained"),
     ):
-        code, said = job(*words)
-        assert code == 2 and expected in said and "Traceback" not in said, (words, said)
+        code, output = job(*args)
+        assert code == 2 and expected in output and "Traceback" not in output, (args, output)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("amp_dtype", ["auto", "bfloat16", "float16", "float32"])
 def test_main_job_on_a_gpu(job, recipe: Path, amp_dtype: str):
-    words = ["--tag", amp_dtype, "--opts", "AMP_ENABLE", "True", "AMP_DTYPE", amp_dtype, "TRAIN.EPOCHS", "20"]
-    code, said = job(*words)
-    assert code == 0 and "cuda" in (run_folder(recipe, amp_dtype) / "starts.jsonl").read_text()
-    assert checkpoint(recipe, amp_dtype)["state"]["best_metric"] > 90, said
+    args = ["--tag", amp_dtype, "--opts", "AMP_ENABLE", "True", "AMP_DTYPE", amp_dtype, "TRAIN.EPOCHS", "20"]
+    code, output = job(*args)
+    assert code == 0 and "cuda" in (run_dir(recipe, amp_dtype) / "starts.jsonl").read_text()
+    assert checkpoint(recipe, amp_dtype)["state"]["best"] > 90, output

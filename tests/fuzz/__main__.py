@@ -34,9 +34,9 @@ def main() -> int:
 
     failed = False
     for kind in args.kinds or COUNTS:
-        tally = importlib.import_module(f"tests.fuzz.{kind}").run(args.count or COUNTS[kind][args.short], args.seed)
-        print("\n".join(tally.lines()), flush=True)
-        failed |= bool(tally.failures)
+        report = importlib.import_module(f"tests.fuzz.{kind}").run(args.count or COUNTS[kind][args.short], args.seed)
+        print("\n".join(report.lines()), flush=True)
+        failed |= bool(report.failures)
     return int(failed)
 
 

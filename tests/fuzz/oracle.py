@@ -36,19 +36,19 @@ def run_briefly(argv: Sequence[object], folder: Path) -> Outcome:
     return forked(call, TIMEOUT, MEMORY)
 
 
-def wrong_about(outcome: Outcome, names: Iterable[object], codes: Sequence[int] = CODES) -> str:
+def find_problem(outcome: Outcome, names: Iterable[object], codes: Sequence[int] = CODES) -> str:
     """What was wrong, "" for nothing. A refusal must name one of `names` (files, keys, flags) and a way out."""
     if outcome.code is None:
-        return f"hung: {outcome.said[-500:]}"
+        return f"hung: {outcome.output[-500:]}"
     if outcome.executed:
         return f"executed {outcome.executed}"
-    if "Traceback" in outcome.said or outcome.code not in codes:
-        return f"code {outcome.code}: {outcome.said[-1500:]}"
+    if "Traceback" in outcome.output or outcome.code not in codes:
+        return f"code {outcome.code}: {outcome.output[-1500:]}"
     if outcome.code != 2:
         return ""
-    message = outcome.said[outcome.said.find("error: ") :]
+    message = outcome.output[outcome.output.find("error: ") :]
     if not message.startswith("error: "):
-        return f"no message: {outcome.said[-500:]}"
+        return f"no message: {outcome.output[-500:]}"
     if not any(str(name) in message for name in names):
         return f"names neither file nor key: {message[:500]}"
     if not _WAY_OUT.search(message):

@@ -11,9 +11,9 @@ from utils.paths import REPO_ROOT
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def fuzz(*words: str) -> None:
+def fuzz(*args: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", *words], cwd=REPO_ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-m", "tests.fuzz", *args], cwd=REPO_ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
