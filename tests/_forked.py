@@ -1,6 +1,7 @@
-"""Calls in a child of this process, which has imported everything already: what they said, ran, and how they ended.
+"""Runs calls in forked children of this process, and reports their output, exit code and started programs.
 
-A child costs milliseconds, and whatever happens in it (a crash in a decoder, a hang, code that runs) stays in it.
+The parent has imported everything already, so a child costs milliseconds. Crashes, hangs and foreign code affect the
+child alone.
 """
 
 import faulthandler
@@ -19,19 +20,24 @@ import data.native.library
 import models.ops.native_attention
 from utils.compile_native import CannotBuild
 
-# What Python tells its audit hooks when a program is started, a connection made or foreign code loaded.
+# Audit events of Python for started programs, connections and loaded foreign code.
 _SUSPICIOUS = (
     "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn", "subprocess.Popen",
     "socket.connect", "socket.getaddrinfo", "ctypes.dlopen", "webbrowser.open",
 )  # fmt: skip
-_EXPECTED_PROGRAMS = ("git", "uname", "lscpu")  # what a run asks for its notes, see utils/tracking/run_dir.py
+_EXPECTED_PROGRAMS = ("git", "uname", "lscpu")  # started by utils/tracking/run_dir.py
 _EXECUTED = "\x00executed: "
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """code: exit code, negative for the signal that ended it, None where it hung; said: stdout and stderr together;
-    executed: programs started, connections made and the like."""
+    """Result of a child.
+
+    Attributes:
+        code: exit code; negative for the signal that ended it; None if it hung.
+        output: stdout and stderr together.
+        executed: programs started, connections made and the like.
+    """
 
     code: int | None
     output: str
@@ -41,23 +47,23 @@ class Outcome:
 
 @functools.cache
 def load_native_parts() -> None:
-    """Loads the project's own native code, or finds out that there is none, so that no child has to."""
+    """Loads the project's native libraries in the parent, if they can be built, so that no child has to."""
     for load in (data.native.library.library, models.ops.native_attention.LIBRARY.load):
         try:
             load()
         except CannotBuild:
-            continue  # the children do without, as anybody
+            continue  # the children use the reference code
 
 
 def forked(call: Callable[[], int | None], timeout: float = 60.0, memory: int = 0) -> Outcome:
-    """Runs `call` in a child of its own, ends it after `timeout` seconds, and tells what became of it.
+    """Runs `call` in a child, and kills it after `timeout` seconds.
 
     Args:
-        call: its result is the exit code, None meaning 0; an exception is printed as Python does, and code 1.
-        memory: bytes of address space that the child may take beyond what it begins with; 0 for no limit.
+        call: returns the exit code, or None for 0. An exception is printed, and the code is 1.
+        memory: bytes of address space that the child may add to what it starts with; 0 for no limit.
     """
     load_native_parts()
-    read_fd, write_fd = os.pipe()  # not a file: limits on files and full disks are among what is tested
+    read_fd, write_fd = os.pipe()  # not a file: some children run with file limits or full disks
     os.set_blocking(read_fd, False)
     started = time.monotonic()
     child = os.fork()
@@ -74,14 +80,14 @@ def forked(call: Callable[[], int | None], timeout: float = 60.0, memory: int = 
 
 
 def _wait(child: int, read_fd: int, output: bytearray, end: float) -> int | None:
-    """Collects what the child says until it ends; None, and its end, when that is after `end`."""
+    """Collects the output of the child until it ends and returns its exit code; kills it at `end` and returns None."""
     while time.monotonic() < end:
         pid, status = os.waitpid(child, os.WNOHANG)
         select.select([read_fd], [], [], 0 if pid else 0.005)
         _drain(read_fd, output)
         if pid:
             return os.waitstatus_to_exitcode(status)
-    for target in (-child, child):  # with all that it started
+    for target in (-child, child):  # with all processes that it started
         try:
             os.kill(target, signal.SIGKILL)
         except ProcessLookupError:
@@ -100,13 +106,13 @@ def _drain(read_fd: int, output: bytearray) -> None:
 
 
 def _run_child(call: Callable[[], int | None], output: int, timeout: float, memory: int) -> None:
-    """Never returns: leaves by os._exit, so that nothing of the parent (its tests, its files) is ended twice."""
+    """Runs `call` and leaves by os._exit, so that no cleanup of the parent runs twice. Never returns."""
     code = 1
     try:
         os.setsid()
         os.dup2(output, 1)
         os.dup2(output, 2)
-        faulthandler.dump_traceback_later(0.9 * timeout, file=2)  # a child that hangs says where
+        faulthandler.dump_traceback_later(0.9 * timeout, file=2)  # shows where a child hangs
         sys.stdout = open(1, "w", errors="backslashreplace", closefd=False, buffering=1)
         sys.stderr = open(2, "w", errors="backslashreplace", closefd=False, buffering=1)
         if memory:
@@ -128,7 +134,7 @@ def _audit(event: str, arguments: tuple) -> None:
     if event not in _SUSPICIOUS:
         return
     if event == "socket.connect" and isinstance(arguments[1], str):
-        return  # a socket of this machine, as loader workers have
+        return  # a local socket, as loader workers use
     if event == "subprocess.Popen" and os.path.basename(str(arguments[0])) in _EXPECTED_PROGRAMS:
         return
     if event in ("os.posix_spawn", "os.exec") and os.path.basename(os.fsdecode(arguments[0])) in _EXPECTED_PROGRAMS:

@@ -1,4 +1,4 @@
-"""The main job from the command line: train, be killed, resume, evaluate, fine-tune, refuse; on tiny images."""
+"""Runs of main.py on tiny images: training, kills, resuming, evaluation, fine-tuning and errors."""
 
 import csv
 import functools
@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import train_step
+from engine import throughput, train_step
 from main import main
 from utils.paths import REPO_ROOT
 
-TRAIN, VAL, BATCH = 44, 14, 8  # an epoch is five and a half batches: batches reach over its end
+TRAIN, VAL, BATCH = 44, 14, 8  # an epoch is 5.5 batches, so one batch spans two epochs
 COLORS = {"blue": (30, 30, 220), "green": (30, 220, 30)}
 
 RECIPE = f"""
@@ -40,14 +40,14 @@ CPU_ONLY = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 @pytest.fixture(autouse=True)
 def on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equality to the bit is promised on CPU; only the tests marked `gpu` use one."""
+    """Hides GPUs, except from tests marked `gpu`: results are bitwise reproducible on the CPU."""
     if "gpu" not in request.keywords:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes told apart by their colour."""
+    """Two classes that differ in color."""
     root = tmp_path_factory.mktemp("images")
     for split, count in (("train", TRAIN // 2), ("val", VAL // 2)):
         for name, color in COLORS.items():
@@ -66,7 +66,7 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def job(recipe: Path, images: Path, capfd: pytest.CaptureFixture):
-    """Runs main.py in this process; returns its exit code and all it said."""
+    """Runs main.py in this process; returns its exit code and its output."""
 
     def run(*args: str, data: Path = images) -> tuple[int, str]:
         capfd.readouterr()
@@ -86,14 +86,14 @@ def command(recipe: Path, images: Path, *args: str, processes: int = 1) -> list[
 
 
 def kill_all(recipe: Path) -> None:
-    """kill -9 to every process of the run at once: torchrun, the ranks (in sessions of their own), their workers."""
+    """Kills every process of the run with `kill -9`: torchrun, the ranks (in their own sessions) and their workers."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             mine = str(recipe).encode() in path.read_bytes() and int(path.parent.name) != os.getpid()
             if mine:
                 os.kill(int(path.parent.name), signal.SIGKILL)
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
+            continue  # it has ended
 
 
 def run_dir(recipe: Path, tag: str = "default") -> Path:
@@ -105,7 +105,7 @@ def checkpoint(recipe: Path, tag: str = "default", name: str = "last") -> dict:
 
 
 def assert_same(one, other, where: str = "") -> None:
-    """Equal to the bit, all the way down."""
+    """Asserts that two nested structures are bitwise equal."""
     assert type(one) is type(other), where
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), where
@@ -125,8 +125,8 @@ def test_one_run_from_start_to_end(job, recipe: Path):
     code, output = job()
     assert code == 0, output
     folder = run_dir(recipe)
-    for word in ("best top-1", f"less {folder}/log.txt", f"tensorboard --logdir {folder}/tensorboard", "best.pth"):
-        assert word in output
+    for expected in ("best top-1", f"less {folder}/log.txt", f"tensorboard --logdir {folder}/tensorboard", "best.pth"):
+        assert expected in output
 
     updates = -(-3 * TRAIN // BATCH)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -147,12 +147,12 @@ def test_one_run_from_start_to_end(job, recipe: Path):
         "best.pth", "epoch_0001.pth", "epoch_0002.pth", "epoch_0003.pth", "last.pth",
     ]  # fmt: skip
 
-    # The saved config is the same run; it is complete.
+    # The saved config continues the same run, which is complete.
     code = main(["--cfg", str(folder / "config.yaml")])
     assert code == 0
     assert_same(saved, checkpoint(recipe))
 
-    # Its best checkpoint is as good as it was said to be.
+    # The best checkpoint evaluates to the metric that was logged.
     code, output = job("--eval", "--resume", str(folder / "checkpoints" / "best.pth"))
     assert code == 0, output
     best = checkpoint(recipe, name="best")["state"]["best"]
@@ -160,14 +160,14 @@ def test_one_run_from_start_to_end(job, recipe: Path):
     assert f"{VAL} images" in output and "average of the weights" in output
 
 
-def test_a_complete_run_says_so(job, recipe: Path):
+def test_starting_a_complete_run_does_nothing(job, recipe: Path):
     assert job("--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")[0] == 0
     code, output = job("--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")
     assert code == 0 and "this run is complete: all 1 epochs are done" in output
 
 
-def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Path, images: Path):
-    """Two processes with two workers each, kill -9 of them all, a start with the same command."""
+def test_killed_run_resumes_to_the_same_bits(recipe: Path, images: Path):
+    """Kills two ranks with two workers each in the middle of an epoch, and starts the same command again."""
     args = ["--opts", "SAVE_STEPS", "1", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2"]
     through = command(recipe, images, "--tag", "through", *args, processes=2)
     subprocess.run(through, check=True, capture_output=True, cwd=REPO_ROOT, env=CPU_ONLY, timeout=280)
@@ -177,7 +177,7 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Pat
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(killed, cwd=REPO_ROOT, env=CPU_ONLY, **pipes) as running:
         for line in running.stdout:
-            if "epoch 1.8" in line:  # 5 of 9 updates at 16 images each, in the second epoch
+            if "epoch 1.8" in line:  # 5 of 9 steps of 16 images, in the second epoch
                 break
         kill_all(recipe)
     stopped_at = checkpoint(recipe, "killed")["state"]["images_seen"]
@@ -187,64 +187,65 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Pat
     assert f"after {stopped_at} images" in again.stdout
     one, other = checkpoint(recipe, "through"), checkpoint(recipe, "killed")
     for contents in (one, other):
-        contents.pop("config")  # holds the tag
+        contents.pop("config")  # contains the tag
     assert_same(one, other)
     updates = [json.loads(line)["step"] for line in lines.read_text().splitlines() if '"train"' in line]
     assert updates == list(range(1, 10))
 
 
-def test_asked_to_stop_it_saves_at_once_and_continues_to_the_same_bits(job, recipe: Path, monkeypatch):
+def test_preempted_run_saves_at_once_and_resumes_to_the_same_bits(job, recipe: Path, monkeypatch):
     assert job("--tag", "through")[0] == 0
-    updates = train_step.train
+    train_steps = train_step.train_steps
 
-    def asked(*args):
-        for number, account in enumerate(updates(*args)):
+    def signalling_steps(*args):
+        for number, metrics in enumerate(train_steps(*args)):
             if number == 7:  # in the middle of the second epoch
                 os.kill(os.getpid(), signal.SIGTERM)
-            yield account
+            yield metrics
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_step, "train", asked)
+        patch.setattr(train_step, "train_steps", signalling_steps)
         code, output = job("--tag", "stopped")
-    assert code == 0 and "asked to stop: saved after 64 images; the same command continues" in output
-    assert checkpoint(recipe, "stopped")["state"]["samples"] == 64
+    assert code == 0 and "stopped and saved after 64 images; the same command continues" in output
+    assert checkpoint(recipe, "stopped")["state"]["images_seen"] == 64
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert job("--tag", "stopped")[0] == 0
     one, other = checkpoint(recipe, "through"), checkpoint(recipe, "stopped")
     assert_same({**one, "config": ""}, {**other, "config": ""})
 
 
-def test_one_process_asked_stops_all_at_the_same_update(recipe: Path, images: Path):
+def test_preempting_one_rank_stops_all_at_the_same_step(recipe: Path, images: Path):
     args = ["--tag", "asked", "--opts", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2", "TRAIN.EPOCHS", "1000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command(recipe, images, *args, processes=2), cwd=REPO_ROOT, env=CPU_ONLY, **pipes) as running:
-        for line in running.stdout:
-            if "epoch 2.1" in line:
-                os.kill(rank_1(recipe), signal.SIGUSR1)
-                break
-        output = running.stdout.read()
+        try:
+            for line in running.stdout:
+                if "epoch 2.1" in line:
+                    os.kill(rank_1(recipe), signal.SIGUSR1)
+                    break
+            output = running.stdout.read()
+        finally:
+            kill_all(recipe)  # leaving the block waits for torchrun, even after this test's timeout
     assert running.returncode == 0, output
-    assert "asked to stop" in output
-    assert 2 * TRAIN < checkpoint(recipe, "asked")["state"]["samples"] < 100 * TRAIN
+    assert "stopped and saved" in output
+    assert 2 * TRAIN < checkpoint(recipe, "asked")["state"]["images_seen"] < 100 * TRAIN
 
 
 def rank_1(recipe: Path) -> int:
-    """The process of rank 1: of those with its environment, the one that the others are children of."""
+    """Returns the process of rank 1: of those with its environment, the parent, which has the lowest id."""
     pids = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if (
-                str(recipe).encode() in (path / "cmdline").read_bytes()
-                and b"\0RANK=1\0" in (path / "environ").read_bytes()
-            ):
+            cmdline, environ = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
+            if str(recipe).encode() in cmdline and b"\0RANK=1\0" in environ:
                 pids.append(int(path.name))
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
     return min(pids)
 
 
-def test_processes_share_one_order_and_one_evaluation(recipe: Path, images: Path, job):
-    """Two processes with half the batch make the updates of one with the whole, but for the order of summing."""
+def test_two_ranks_train_and_evaluate_like_one(recipe: Path, images: Path, job):
+    """Two ranks with half the batch make the steps of one with the whole batch, up to the order of sums."""
     one = job("--tag", "one", "--opts", "TRAIN.ACCUMULATION_STEPS", "2", "DATA.BATCH_SIZE", "4")
     assert one[0] == 0, one[1]
     args = ["--tag", "two", "--batch-size", "4"]
@@ -264,7 +265,7 @@ def test_processes_share_one_order_and_one_evaluation(recipe: Path, images: Path
     assert len(results[0]) == 2 and results[0] == results[1]
 
 
-def test_another_configuration_in_the_same_folder(job, recipe: Path):
+def test_changed_config_in_the_same_folder_is_refused(job, recipe: Path):
     short = ["--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     assert job(*short)[0] == 0
     code, output = job(*short, "TRAIN.BASE_LR", "0.05")
@@ -277,35 +278,35 @@ def test_another_configuration_in_the_same_folder(job, recipe: Path):
     longer = ["--opts", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0"]
     code, output = job("--allow-config-change", *longer)
     assert code == 0 and "TRAIN.EPOCHS: 1 there, 2 now" in output
-    assert checkpoint(recipe)["state"]["samples"] == 2 * TRAIN
+    assert checkpoint(recipe)["state"]["images_seen"] == 2 * TRAIN
     code, output = job(*longer, "TRAIN.AUTO_RESUME", "False")
     assert code == 2 and "TRAIN.AUTO_RESUME is off" in output
     (run_dir(recipe) / "config.yaml").unlink()
-    assert job(*longer, "SEED", "9")[0] == 2, "the checkpoint itself says what it belongs to"
+    assert job(*longer, "SEED", "9")[0] == 2, "the config in the checkpoint is compared"
     code, output = job("--allow-config-change", *longer, "DATA.BATCH_SIZE", "14")
-    assert code == 2 and "no whole number of updates at 14 images" in output
-    assert job(*longer)[0] == 0, "what was refused has changed nothing"
+    assert code == 2 and "no whole number of steps at 14 images" in output
+    assert job(*longer)[0] == 0, "a refused start has changed nothing"
     code, output = job("--allow-config-change", "--optim", "sgd", *longer)
     assert code == 2 and "its optimizer is AdamW, not SGD" in output
 
 
-def test_how_a_run_ended_stands_in_its_log(job, recipe: Path):
+def test_log_file_contains_the_error_that_ended_the_run(job, recipe: Path):
     code, output = job("--opts", "TRAIN.BASE_LR", "1e30", "TRAIN.MAX_BAD_STEPS", "2")
     assert code == 3
     log = (run_dir(recipe) / "log.txt").read_text()
-    assert "ERROR" in log and "updates in a row" in log and "epoch 0." in log
+    assert "ERROR" in log and "steps in a row" in log and "epoch 0." in log
 
 
 def test_explicit_resume_wins_over_the_folder(job, recipe: Path):
     assert job()[0] == 0
     first = run_dir(recipe) / "checkpoints" / "epoch_0001.pth"
     code, output = job("--resume", str(first))
-    assert code == 0 and f"continuing from {first}, after 48 images" in output
-    assert checkpoint(recipe)["state"]["samples"] == 17 * BATCH
-    # The same command again goes on from what it made of it, instead of beginning there once more.
+    assert code == 0 and f"resumed from {first}, after 48 images" in output
+    assert checkpoint(recipe)["state"]["images_seen"] == 17 * BATCH
+    # The same command again continues from its own last checkpoint.
     code, output = job("--resume", str(first))
     assert code == 0 and "this run is complete" in output
-    # In a folder of its own too, and only with the configuration of the checkpoint.
+    # In another folder too, but only with the configuration of the checkpoint.
     code, output = job("--resume", str(first), "--tag", "copy", "--opts", "SEED", "5")
     assert code == 2 and "SEED: 0 there, 5 now" in output
     assert not (run_dir(recipe, "copy") / "config.yaml").exists()
@@ -332,7 +333,7 @@ def test_fine_tuning_on_other_classes_and_another_window(job, recipe: Path, imag
     assert code == 2 and "not a readable checkpoint" in output
 
 
-def test_weights_alone_are_no_run_to_continue(job, recipe: Path, tmp_path: Path):
+def test_weights_without_a_run_cannot_be_resumed(job, recipe: Path, tmp_path: Path):
     assert job("--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")[0] == 0
     torch.save({"model": checkpoint(recipe)["model"]}, tmp_path / "weights.pth")
     code, output = job("--tag", "other", "--resume", str(tmp_path / "weights.pth"))
@@ -341,7 +342,7 @@ def test_weights_alone_are_no_run_to_continue(job, recipe: Path, tmp_path: Path)
     assert code == 0, output
 
 
-def test_divergence_stops_the_run_and_saves_nothing_bad(job, recipe: Path):
+def test_divergence_stops_the_run_and_saves_only_finite_weights(job, recipe: Path):
     code, output = job("--opts", "TRAIN.BASE_LR", "1e30", "TRAIN.MAX_BAD_STEPS", "2", "SAVE_STEPS", "1")
     assert code == 3, output
     assert "not finite" in output and "last good checkpoint" in output
@@ -349,13 +350,13 @@ def test_divergence_stops_the_run_and_saves_nothing_bad(job, recipe: Path):
     assert all(value.isfinite().all() for value in model.values())
 
 
-def test_corrupt_image_stops_the_run_by_name(job, recipe: Path, tmp_path: Path, images: Path):
+def test_corrupt_image_is_named(job, recipe: Path, tmp_path: Path, images: Path):
     broken = tmp_path / "broken"
     for source in images.rglob("*.jpg"):
         target = broken / source.relative_to(images)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
-    (broken / "train" / "blue" / "3.jpg").write_bytes(b"no picture")
+    (broken / "train" / "blue" / "3.jpg").write_bytes(b"not an image")
     code, output = job(data=broken)
     assert code == 2 and "blue/3.jpg" in output and "DATA.MAX_BAD_IMAGES" in output
     args = ["DATA.MAX_BAD_IMAGES", "5", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
@@ -364,15 +365,16 @@ def test_corrupt_image_stops_the_run_by_name(job, recipe: Path, tmp_path: Path, 
 
 
 def test_throughput_needs_no_data(recipe: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(train_step, "measure", functools.partial(train_step.measure, seconds=0.05, runs=3))
+    fast = functools.partial(throughput.images_per_second, seconds=0.05, runs=3)
+    monkeypatch.setattr(throughput, "images_per_second", fast)
     assert main(["--cfg", str(recipe), "--throughput", "--batch-size", "2"]) == 0
     output = capfd.readouterr().out
-    for word in ("inference", "training", "images/s", "float32", "batch 2", "GiB"):
-        assert word in output
+    for expected in ("inference", "training", "images/s", "float32", "batch 2", "GiB"):
+        assert expected in output
     assert not (recipe.parent / "logs").exists()
 
 
-def test_mistakes_end_with_code_2_and_no_traceback(job, tmp_path: Path):
+def test_user_errors_end_with_code_2_without_traceback(job, tmp_path: Path):
     for args, expected in (
         (["--eval"], "--resume FILE or --pretrained FILE"),
         (["--opts", "TRAIN.EPOCH", "3"], "TRAIN.EPOCHS"),

@@ -4,7 +4,7 @@
     python -m tests.faults kill elastic preempt hang nonfinite lock memory corrupt disk torchrun hosts
 
 Prints for each harness the counts by kind, the seed, the minutes and each failure. The exit code is 1 after a failure.
-Without --count each harness makes the number of trials in docs/reports/FAULTS.md. Runs on the CPU, one thread per process.
+Without --count each harness makes the number of trials in docs/reports/FAULTS.md. All runs are on the CPU.
 """
 
 import os

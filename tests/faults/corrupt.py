@@ -53,7 +53,7 @@ def run(count: int, seed: int) -> Report:
 
 
 def _link_newest_to_last(folder: Path) -> None:
-    """Makes the newest numbered checkpoint a hard link to `last.pth`, as a run leaves them: both are damaged together."""
+    """Makes the newest numbered checkpoint a hard link to `last.pth`, as a run does: both are damaged together."""
     newest = CheckpointFolder(folder, keep=0).numbered()[0]
     newest.unlink()
     os.link(folder / "last.pth", newest)

@@ -1,7 +1,7 @@
 """One rank of several is killed, stopped or hangs, or one of its loader workers is killed.
 
-The others must end with code 4, within 30 s of a kill and within TIMEOUT + 10 s of a stop or hang, and name the rank and
-its process. The same command must then finish with the same bits as an undisturbed run.
+The others must end with code 4, within 30 s of a kill and within TIMEOUT + 10 s of a stop or hang, and name the rank
+and its process. The same command must then finish with the same bits as an undisturbed run.
 """
 
 import os

@@ -59,8 +59,8 @@ class Host:
         torchrun = [sys.executable, "-m", "torch.distributed.run", f"--local-addr={self.address}", *args]
         settings = {
             "GLOO_SOCKET_IFNAME": self.interface,
-            # torchrun (seen in 2.14) publishes the address of rank 0 only once if the store is shared: a host that joins
-            # later would wait for it forever.
+            # torchrun (seen in 2.14) publishes the address of rank 0 only once if the store is shared: a host that
+            # joins later would wait for it forever.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
@@ -203,7 +203,8 @@ def _continue_on_one(cluster: Cluster, tag: str, step: int) -> tuple[bool, str]:
     whole, continued = cluster.finished("whole"), cluster.finished(tag)
     same_images_seen = continued["state"]["images_seen"] == whole["state"]["images_seen"]
     largest_difference = max(float((continued["model"][n] - t).abs().max()) for n, t in whole["model"].items())
-    found = f"exit codes {codes}, was alone: {alone}, same end: {same_images_seen}, largest difference {largest_difference:.2g}"
+    found = f"exit codes {codes}, was alone: {alone}, same images seen: {same_images_seen}"
+    found += f", largest difference of the weights {largest_difference:.2g}"
     ok = codes == [0, 0] and alone and same_images_seen
     return ok, f"killed after step {step}: {found}: {cluster.log_tails(tag)}"
 

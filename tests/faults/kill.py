@@ -1,8 +1,8 @@
 """`kill -9` at any moment, repeatedly: the finished run must be bitwise equal to an undisturbed one.
 
 A trial kills all processes of a run at once and starts it again with the same command, one to four times. Then it lets
-the run finish and compares the model, optimizer, average and counters in every checkpoint, the names of the checkpoints,
-and the epochs and steps in `metrics.jsonl`. The moments are
+the run finish and compares the model, optimizer, average and counters in every checkpoint, the names of the
+checkpoints, and the epochs and steps in `metrics.jsonl`. The moments are
 
 - `save`: while a checkpoint is saved: at a random byte of the file, before flushing, before and after renaming, before
   each hard link. The process kills its own group there, including the thread that writes;
@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import utils.tracking.metric_writer
-from engine import evaluation, train_step
+from engine import evaluation
 from tests._report import Report
 from tests.faults.runs import BATCH, Inject, Workspace, adopt_orphans, difference_of_runs
 from utils.checkpoint import digest

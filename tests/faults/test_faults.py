@@ -32,7 +32,7 @@ def run_harnesses(*args: str) -> str:
 def test_harnesses_in_short_form():
     """Runs all harnesses in one process, which imports PyTorch once and forks all runs."""
     output = run_harnesses(*SHORT, "--short")
-    heads = re.findall(r"^(.+): (\d+) of (\d+) as they should be", output, re.MULTILINE)
+    heads = re.findall(r"^(.+): (\d+) of (\d+) passed", output, re.MULTILINE)
     assert len(heads) == len(SHORT) and all(good == count != "0" for _, good, count in heads), output
 
 
@@ -119,27 +119,3 @@ def test_stream_sampler_starts_within_a_second_in_an_imagenet_epoch():
     began = time.process_time()
     keys = next(iter(StreamSampler(n, 0, batch, 0, 1, start, start + 100 * batch)))
     assert len(keys) == batch and time.process_time() - began < 1.0
-
-
-def test_describe_lost_ranks_compares_two_heartbeats():
-    def beat(beats: int, left: str | None = None) -> dict:
-        return {"who": "process 7 on node", "beats": beats, "at": "engine/train_step.py:5", "left": left}
-
-    dead = heartbeat._describe([beat(3), beat(3), beat(3)], [beat(9, ""), beat(3), beat(9)])
-    assert dead.startswith("rank 1 (process 7 on node) was killed or stopped")
-    hung = heartbeat._describe([beat(3), beat(3)], [beat(9, ""), beat(9)])
-    assert hung == "rank 1 (process 7 on node) hangs at engine/train_step.py:5"
-    ended = heartbeat._describe([beat(3), beat(3)], [beat(9, ""), beat(4, "UserError: no room")])
-    assert ended == "rank 1 (process 7 on node) ended: UserError: no room"
-    assert "connection" in heartbeat._describe([beat(3), beat(3)], [beat(9, ""), beat(9, "")])
-
-
-def test_heartbeat_tells_the_current_line(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
-    mine = Heartbeat(store, 0, 1)
-    beat = mine._read()[0]
-    assert f"process {os.getpid()} on " in beat["who"] and beat["at"].startswith("tests/faults/test_faults.py:")
-    mine.stop("UserError: why")
-    assert mine._read()[0]["left"] == "UserError: why" and not mine._thread.is_alive()
-    json.dumps(beat)

@@ -1,7 +1,7 @@
-"""Checkpoints: pickles that try to run something, files with sound checksums and unsound contents, hostile safetensors.
+"""Hostile checkpoints: pickles that run code, files with valid checksums and invalid contents, broken safetensors.
 
-Each is given to main.py: to evaluate, to start from, to continue from, or as the newest of a run's folder. Whatever is
-in it: nothing runs, and it is loaded or refused by name.
+main.py gets each of them to evaluate, to fine-tune, to resume, or as the newest in a run's folder. No code in the file
+may run, and the file must be loaded or refused by name.
 """
 
 import io
@@ -57,7 +57,7 @@ def cases(draw) -> tuple[str, str, int]:
 
 
 def run(count: int, seed: int) -> Report:
-    """`count` files: a pickle of each family that can run something first, then drawn ones."""
+    """Tests `count` files: first a pickle of each family that can run code, then sampled ones."""
     report = Report("checkpoints", seed)
     all_cases = [(family, USES[number % len(USES)], seed + number) for number, family in enumerate(FAMILIES)]
     random.Random(seed).shuffle(all_cases)
@@ -84,7 +84,7 @@ def run(count: int, seed: int) -> Report:
             if (folder / "executed").exists():
                 problem = "executed"
             elif family == "pickles" and outcome.code != 2:
-                problem = problem or f"it was taken: code {outcome.code}"
+                problem = problem or f"it was accepted: code {outcome.code}"
             report.add(f"{family}, code {outcome.code}", not problem, f"case {number}, {case}, {use}: {problem}")
             shutil.rmtree(folder)
     return report
@@ -96,7 +96,7 @@ def _in_folder(folder: Path, call: Callable[[], None]) -> None:
 
 
 def _run_with_file(use: str, folder: Path, run_folder: Path, name: str, data: bytes, args: list, short: list):
-    """Starts main.py with the file `data` as `use` says; returns the outcome and the file."""
+    """Starts main.py with the file `data` as `use` says. Returns the outcome and the file."""
     args = [*args[:-1], folder]
     if use == "folder":
         copy = folder / "tiny" / "default"
@@ -111,7 +111,7 @@ def _run_with_file(use: str, folder: Path, run_folder: Path, name: str, data: by
     return run_briefly([*args, *use.split(), file, *short], folder), file
 
 
-# ---------------------------------------------------------------- what is in the files
+# ---------------------------------------------------------------- contents of the files
 
 
 def _pickles(valid: bytes, rng: random.Random) -> tuple[str, bytes, str]:
@@ -129,7 +129,7 @@ def _lies(valid: bytes, rng: random.Random) -> tuple[str, bytes, str]:
 
 
 def _records(valid: bytes, rng: random.Random) -> tuple[str, bytes, str]:
-    """The records of a sound file changed, and packed again: every checksum is right."""
+    """Changes the records of a valid file and packs them again, so that all checksums are right."""
     with zipfile.ZipFile(io.BytesIO(valid)) as archive:
         records = {info.filename: bytearray(archive.read(info)) for info in archive.infolist()}
     pickled = next(name for name in records if name.endswith("data.pkl"))
@@ -175,7 +175,7 @@ def _records(valid: bytes, rng: random.Random) -> tuple[str, bytes, str]:
 
 
 def _entries(valid: bytes, rng: random.Random) -> tuple[str, bytes, str]:
-    """Entries of another kind, anywhere in the tree."""
+    """Replaces entries anywhere in the nested structure by values of other types."""
     contents = torch.load(io.BytesIO(valid), weights_only=True)
     case = []
     for _ in range(rng.choice((1, 1, 2))):
@@ -252,7 +252,7 @@ def _safetensors(valid: bytes, rng: random.Random) -> tuple[str, bytes, str]:
 
 
 def _files(valid: bytes, rng: random.Random) -> tuple[str, bytes, str]:
-    """Not a checkpoint at all, or part of one."""
+    """Makes files that are no checkpoint, or part of one."""
     choices = {
         "cut": valid[: rng.randrange(len(valid))],
         "noise": rng.randbytes(2000),

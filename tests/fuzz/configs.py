@@ -1,6 +1,6 @@
-"""Configurations: values that are wrong, huge or contradict each other; files that are no YAML; mistyped command lines.
+"""Bad configurations: wrong, huge or contradictory values, files that are not YAML, and mistyped command lines.
 
-Each goes to main.py in a run of its own, which trains for some updates where nothing is refused.
+Each is given to main.py in a run of its own, which trains for some steps unless it is refused.
 """
 
 import tempfile
@@ -41,7 +41,7 @@ PLAIN = {
     "PRINT_FREQ": 1,
 }
 
-# Not drawn: what would be fetched from a network.
+# BASE is tested by `texts`.
 _NAMES = st.sampled_from([*SCHEMA]).filter(lambda key: key != "BASE")
 _NUMBERS = st.one_of(
     st.integers(-3, 70),
@@ -87,7 +87,7 @@ _VALUES = st.one_of(
 
 @dataclass
 class Case:
-    """A command line beside --cfg, --data-path and --output; what to write to the recipe; what a message may name."""
+    """The text of the recipe, arguments beyond --cfg, --data-path and --output, and names that an error may mention."""
 
     kind: str
     text: bytes
@@ -97,7 +97,7 @@ class Case:
 
 @st.composite
 def other_values(draw) -> Case:
-    """One to three keys with values of any kind."""
+    """Draws one to three keys with values of any type."""
     keys = draw(st.lists(_NAMES, min_size=1, max_size=3, unique=True))
     values = PLAIN | {key: draw(_VALUES) for key in keys}
     shown = [str(values[key]) for key in keys if isinstance(values[key], str | int)]  # a path is named by itself
@@ -108,7 +108,7 @@ def other_values(draw) -> Case:
 
 @st.composite
 def models(draw) -> Case:
-    """Architectures whose numbers are plausible alone."""
+    """Draws architectures whose numbers are plausible one by one."""
     kind = draw(st.sampled_from(["swin", "swinv2", "swin_mlp"]))
     section = f"MODEL.{kind.upper()}"
     few = st.lists(st.integers(0, 4), max_size=4)
@@ -136,7 +136,7 @@ def models(draw) -> Case:
 
 @st.composite
 def recipes(draw) -> Case:
-    """Schedules, augmentations, batches: numbers that are plausible alone."""
+    """Draws schedules, augmentations and batch sizes that are plausible one by one."""
     choices = {
         "TRAIN.EPOCHS": st.integers(0, 400),
         "TRAIN.WARMUP_EPOCHS": st.integers(0, 30),
@@ -200,7 +200,7 @@ def recipes(draw) -> Case:
 
 @st.composite
 def texts(draw) -> Case:
-    """Files that are no configuration, or only just."""
+    """Draws files that are not, or only just, a configuration."""
     plain = RECIPE.encode()
     kind = draw(st.sampled_from(["bytes", "spliced", "binary", "alias bomb", "nested", "tag", "long", "base", "keys"]))
     if kind == "spliced":
@@ -286,7 +286,7 @@ def texts(draw) -> Case:
 
 @st.composite
 def command_lines(draw) -> Case:
-    """Flags that are mistyped, incomplete or in the way of each other."""
+    """Draws flags that are mistyped, incomplete or contradictory."""
     flags = [
         "--batch-size",
         "--eval",

@@ -1,7 +1,7 @@
-"""Images: damaged, cut short, lying about their size, of another kind than their name says.
+"""Bad images: damaged, truncated, with a wrong size in the header, or of another format than their name says.
 
-Each is decoded alone, in this process's child, and must become an RGB picture or a `BadImage` that names it. All of
-them are read once more by main.py, in folders of 50: every one is counted there, as evaluated or as left out by name.
+Each is decoded in a child of this process, and must become an RGB image or a `BadImage` that names it. main.py then
+evaluates folders of 50 of them: each must be evaluated or skipped by name.
 """
 
 import io
@@ -27,7 +27,7 @@ EXPANDED = 178_956_970  # pixels beyond which Pillow refuses
 
 
 def _encoded() -> dict[str, bytes]:
-    """A small sound image of each kind that is read here, and some that are not."""
+    """Returns a small valid image in each supported format, and in some others."""
     values = np.random.RandomState(0).randint(0, 256, (40, 36, 3), np.uint8)
     rgb = Image.fromarray(values)
     grey16 = Image.fromarray(values[..., 0].astype(np.uint16) * 257)
@@ -59,7 +59,7 @@ VALID = _encoded()
 
 @st.composite
 def images(draw) -> tuple[str, bytes]:
-    """(what was done, the bytes)."""
+    """Draws (a description of the change, the bytes)."""
     name = draw(st.sampled_from(sorted(VALID)))
     data = VALID[name]
     change = draw(
@@ -79,7 +79,7 @@ def images(draw) -> tuple[str, bytes]:
     elif change == "splice":
         other = VALID[rng.choice(sorted(VALID))]
         data = data[:place] + other[rng.randrange(len(other)) :]
-    elif change == "size":  # numbers in the head that say how large everything is
+    elif change == "size":  # sizes in the header
         changed = bytearray(data)
         start = rng.randrange(min(len(data), 200))
         number = rng.choice((b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\0\1\0\0", b"\xff\xff", b"\0\0"))
@@ -141,7 +141,7 @@ def _decode_all(cases: list[tuple[str, bytes]]) -> int:
 
 
 def _evaluate_together(cases: list[tuple[str, bytes]], data: Path, args: list) -> str:
-    """main.py --eval on all of them: each is evaluated or left out by name, and the counts agree."""
+    """Runs main.py --eval on all of them: each must be evaluated or skipped by name."""
     for name in ("blue", "green"):
         (data / "val" / name).mkdir(parents=True)
     for number, (_, content) in enumerate(cases):

@@ -1,7 +1,7 @@
-"""Data sets: image folders, zips with map files and ImageNet-22K's lists, each with something that should not be there.
+"""Bad data sets: image folders, zips with map files and ImageNet-22K's lists, each with unexpected contents.
 
-main.py trains on each for some updates: it does, or says what is wrong and where. Beside the data lies a file of
-secrets, which no message may show: paths that lead out of the data are not followed.
+main.py trains on each for some steps, or names the problem and its place. A secret file next to the data must not show
+up in any message: paths that lead out of the data are not followed.
 """
 
 import io
@@ -78,7 +78,7 @@ def _head(stamps: object, classes: object, version: int = 1) -> np.ndarray:
 
 
 def _cache_of(rng: random.Random) -> bytes:
-    """A cache that says it is valid, and is not."""
+    """Returns an index cache that claims to be valid, but is not."""
     blob = np.frombuffer(b"blue/0.jpg../../secret.jpg", np.uint8)
     ends = np.array([10, 26], np.int64)
     labels = rng.choice((np.array([0, 1], np.int32), np.array([0, 9], np.int32), np.array([-5, 0], np.int32),
@@ -158,7 +158,7 @@ def _members(*more: tuple[str, bytes], **kwargs) -> Change:
 
 
 def _more(*names: str) -> Change:
-    """Members of these names, which the map lists."""
+    """Adds members of these names, which the map lists too."""
 
     def add(root: Path, rng: random.Random) -> None:
         _write_zip(root / "train.zip", [*PLAIN, *((name, JPEG) for name in names)])
@@ -172,7 +172,7 @@ def _bytes_of(path: str, change: Callable[[bytes, random.Random], bytes]) -> Cha
 
 
 def _flag(bit: int) -> Callable[[bytes, random.Random], bytes]:
-    """Sets a bit of the flags of the first member, in the directory."""
+    """Sets a flag of the first member in the central directory."""
 
     def change(data: bytes, rng: random.Random) -> bytes:
         place = data.index(b"PK\x01\x02") + 8
@@ -182,7 +182,7 @@ def _flag(bit: int) -> Callable[[bytes, random.Random], bytes]:
 
 
 def _field(offset: int, size: int) -> Callable[[bytes, random.Random], bytes]:
-    """Another number in one field of a member's entry in the directory."""
+    """Changes a field of a member's entry in the central directory."""
 
     def change(data: bytes, rng: random.Random) -> bytes:
         place = data.index(b"PK\x01\x02") + offset
@@ -193,7 +193,7 @@ def _field(offset: int, size: int) -> Callable[[bytes, random.Random], bytes]:
 
 
 def _bomb(root: Path, rng: random.Random) -> None:
-    """A megabyte of compressed zeros that become a gigabyte, and say that they are a small image."""
+    """Adds 200 MB of zeros, compressed, half of the time with the size of a small image in the directory."""
     _write_zip(root / "train.zip", [("bomb.jpg", bytes(200 << 20)), *PLAIN], compression=zipfile.ZIP_DEFLATED)
     (root / "train_map.txt").write_text(PLAIN_MAP + "bomb.jpg\t0\n")
     if rng.random() < 0.5:
@@ -286,7 +286,7 @@ ALL = [("folder", name) for name in FOLDERS] + [("zip", name) for name in ZIPS] 
 
 @st.composite
 def trees(draw) -> tuple[list[tuple[str, str]], bool, int]:
-    """(what is done, whether bad images may be left out, a seed). Two harms of one layout, now and then."""
+    """Draws (changes, whether bad images are tolerated, a seed). Some cases have two changes of one layout."""
     layout, name = draw(st.sampled_from(ALL))
     changes = [(layout, name)]
     if draw(st.integers(0, 3)) == 0:
@@ -295,7 +295,7 @@ def trees(draw) -> tuple[list[tuple[str, str]], bool, int]:
 
 
 def run(count: int, seed: int) -> Report:
-    """`count` data sets: first each harm alone, as far as they reach, then drawn ones."""
+    """Tests `count` data sets: first each change alone, then sampled ones."""
     report = Report("data sets and map files", seed)
     alone = [([change], bool(seed + number & 1), seed + number) for number, change in enumerate(ALL)]
     random.Random(seed).shuffle(alone)
@@ -308,7 +308,7 @@ def run(count: int, seed: int) -> Report:
             description = f"{changes[0][0]}: {', '.join(name for _, name in changes)}"
             problem = _check_dataset(folder, recipe, changes, lenient, random.Random(case_seed))
             report.add(changes[0][0], not problem, f"case {number}, {description}: {problem}")
-            for path in folder.rglob("*"):  # so that a read-only one can be removed
+            for path in folder.rglob("*"):  # read-only folders could not be removed
                 if path.is_dir() and not path.is_symlink():
                     path.chmod(0o755)
         os.environ.pop("XDG_CACHE_HOME")
@@ -325,14 +325,14 @@ def _check_dataset(
         try:
             {"folder": FOLDERS, "zip": ZIPS, "list": LISTS}[layout][name](root, rng)
         except (OSError, ValueError):
-            continue  # the first harm left nothing for the second
+            continue  # the second change does not apply after the first
     args = ["--cfg", recipe, "--data-path", root, "--output", folder / "logs"]
     args += ["--zip", "--cache-mode", rng.choice(("no", "part", "full"))] if layout == "zip" else []
     args += ["--opts", "DATA.MAX_BAD_IMAGES", 100 * lenient]
     args += ["DATA.DATASET", "imagenet22K", "MODEL.NUM_CLASSES", 21841] if layout == "list" else []
     outcome = run_briefly(args, folder)
     if SECRET in outcome.output or (folder / "executed").exists():
-        return f"it went where it should not: {outcome.output[-500:]}"
+        return f"it left the data folder: {outcome.output[-500:]}"
     return find_problem(outcome, [root])
 
 
