@@ -166,6 +166,7 @@ def test_starting_a_complete_run_does_nothing(job, recipe: Path):
     assert code == 0 and "this run is complete: all 1 epochs are done" in output
 
 
+@pytest.mark.slow  # tests/faults/kill.py tests the same without torchrun
 def test_killed_run_resumes_to_the_same_bits(recipe: Path, images: Path):
     """Kills two ranks with two workers each in the middle of an epoch, and starts the same command again."""
     args = ["--opts", "SAVE_STEPS", "1", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2"]
