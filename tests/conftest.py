@@ -18,6 +18,9 @@ def restore_logging() -> Iterator[None]:
     root, engine = logging.getLogger(), logging.getLogger("engine")
     handlers, levels = list(root.handlers), (root.level, engine.level)
     yield
+    for handler in root.handlers:
+        if isinstance(handler, logging.FileHandler) and handler not in handlers:
+            handler.close()
     root.handlers[:] = handlers
     root.setLevel(levels[0])
     engine.setLevel(levels[1])  # benchmarks/step.py changes it

@@ -134,7 +134,8 @@ def test_one_run_from_start_to_end(job, recipe: Path):
     assert [record["step"] for record in epochs] == [6, 11, updates]
     assert all(record["images"] == VAL for record in epochs)
     assert {"lr", "weight_decay", "grad_norm", "images_per_second", "data_wait", "memory_gib"} <= records[0].keys()
-    assert [row["epoch"] for row in csv.DictReader(open(folder / "summary.csv"))] == ["1", "2", "3"]
+    summary = csv.DictReader((folder / "summary.csv").read_text().splitlines())
+    assert [row["epoch"] for row in summary] == ["1", "2", "3"]
 
     shown = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 10}).Reload().Tags()
     assert {"train/loss", "train/lr", "epoch/acc1", "epoch/acc5", "epoch/ema_acc1"} <= set(shown["scalars"])
@@ -155,7 +156,7 @@ def test_one_run_from_start_to_end(job, recipe: Path):
     # The best checkpoint evaluates to the metric that was logged.
     code, output = job("--eval", "--resume", str(folder / "checkpoints" / "best.pth"))
     assert code == 0, output
-    best = checkpoint(recipe, name="best")["state"]["best"]
+    best = checkpoint(recipe, name="best")["state"]["best_metric"]
     assert f"top-1 {best:.3f} %" in output
     assert f"{VAL} images" in output and "average of the weights" in output
 
@@ -395,4 +396,4 @@ def test_main_job_on_a_gpu(job, recipe: Path, amp_dtype: str):
     args = ["--tag", amp_dtype, "--opts", "AMP_ENABLE", "True", "AMP_DTYPE", amp_dtype, "TRAIN.EPOCHS", "20"]
     code, output = job(*args)
     assert code == 0 and "cuda" in (run_dir(recipe, amp_dtype) / "starts.jsonl").read_text()
-    assert checkpoint(recipe, amp_dtype)["state"]["best"] > 90, output
+    assert checkpoint(recipe, amp_dtype)["state"]["best_metric"] > 90, output

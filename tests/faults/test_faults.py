@@ -38,7 +38,7 @@ def test_harnesses_in_short_form():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("words", [("kill", "--count", "40"), ("torchrun", "--count", "3"), ("hang", "--count", "10")])
+@pytest.mark.parametrize("args", [("kill", "--count", "40"), ("torchrun", "--count", "3"), ("hang", "--count", "10")])
 def test_harnesses_with_more_trials(args: tuple[str, ...]):
     run_harnesses(*args)
 
