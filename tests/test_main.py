@@ -128,10 +128,10 @@ def test_one_run_from_start_to_end(job, recipe: Path):
     for expected in ("best top-1", f"less {folder}/log.txt", f"tensorboard --logdir {folder}/tensorboard", "best.pth"):
         assert expected in output
 
-    updates = -(-3 * TRAIN // BATCH)
+    steps = -(-3 * TRAIN // BATCH)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     epochs = [record for record in records if record["kind"] == "epoch"]
-    assert [record["step"] for record in epochs] == [6, 11, updates]
+    assert [record["step"] for record in epochs] == [6, 11, steps]
     assert all(record["images"] == VAL for record in epochs)
     assert {"lr", "weight_decay", "grad_norm", "images_per_second", "data_wait", "memory_gib"} <= records[0].keys()
     summary = csv.DictReader((folder / "summary.csv").read_text().splitlines())
@@ -143,7 +143,7 @@ def test_one_run_from_start_to_end(job, recipe: Path):
 
     saved = checkpoint(recipe)
     assert saved["class_names"] == ["blue", "green"]
-    assert saved["state"]["images_seen"] == updates * BATCH
+    assert saved["state"]["images_seen"] == steps * BATCH
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
         "best.pth", "epoch_0001.pth", "epoch_0002.pth", "epoch_0003.pth", "last.pth",
     ]  # fmt: skip
@@ -191,8 +191,8 @@ def test_killed_run_resumes_to_the_same_bits(recipe: Path, images: Path):
     for contents in (one, other):
         contents.pop("config")  # contains the tag
     assert_same(one, other)
-    updates = [json.loads(line)["step"] for line in lines.read_text().splitlines() if '"train"' in line]
-    assert updates == list(range(1, 10))
+    steps = [json.loads(line)["step"] for line in lines.read_text().splitlines() if '"train"' in line]
+    assert steps == list(range(1, 10))
 
 
 def test_preempted_run_saves_at_once_and_resumes_to_the_same_bits(job, recipe: Path, monkeypatch):

@@ -57,13 +57,13 @@ def _run(workspace: Workspace, tag: str, plan: list[tuple[int, int]], rng: rando
     notes = workspace.root / f"{tag}.notes"
     notes.mkdir()
     grad_accum_steps = GLOBAL // MICRO // plan[0][0]
-    for number, (processes, updates) in enumerate(plan):
-        inject = _record_images(notes, number, updates, rng.choice((signal.SIGTERM, signal.SIGKILL)))
+    for number, (processes, steps) in enumerate(plan):
+        inject = _record_images(notes, number, steps, rng.choice((signal.SIGTERM, signal.SIGKILL)))
         opts = ["DATA.NUM_WORKERS", rng.choice((0, 0, 2)), "SAVE_STEPS", 1, "SAVE_KEEP", 0]
         args = ("--accumulation-steps", grad_accum_steps)
         start = workspace.start(tag, *opts, args=args, processes=processes, batch=MICRO, inject=inject)
         codes = start.wait()
-        if any(codes) and not (updates and set(codes) == {-signal.SIGKILL}):
+        if any(codes) and not (steps and set(codes) == {-signal.SIGKILL}):
             raise RuntimeError(f"start {number} of {plan}: codes {codes}:\n{start.output[-3000:]}")
     stream: dict[int, set[str]] = {}
     for path in notes.iterdir():
@@ -97,8 +97,8 @@ def _pairs(one: dict, other: dict):
             yield f"optimizer.{number}.{name}", (value, other["optimizer"]["state"][number][name])
 
 
-def _record_images(notes: Path, number: int, updates: int, ending: int) -> Inject:
-    """Records hashes of the inputs of the network; ends the run with a signal after `updates` steps."""
+def _record_images(notes: Path, number: int, steps: int, ending: int) -> Inject:
+    """Records hashes of the inputs of the network; ends the run with a signal after `steps` steps."""
 
     def inject(rank: int) -> None:
         step, path, seen = train_step.train_step, notes / f"{number}.{rank}", []
@@ -116,7 +116,7 @@ def _record_images(notes: Path, number: int, updates: int, ending: int) -> Injec
                 both = recorded((batch for each in ([first], batches) for batch in each), file)
                 result = step(components, next(both), both)
             seen.append(None)
-            if len(seen) == updates and rank == 0:
+            if len(seen) == steps and rank == 0:
                 os.kill(os.getpid(), ending) if ending == signal.SIGTERM else os.killpg(0, ending)
             return result
 

@@ -199,7 +199,7 @@ def _continue_on_one(cluster: Cluster, tag: str, step: int) -> tuple[bool, str]:
     second = cluster.start(cluster.hosts[1], tag, "1:2")
     codes = [process.wait(deadline - time.monotonic()) for process in (first, second)]
     starts = (cluster.folder / "logs" / "tiny" / tag / "starts.jsonl").read_text()
-    alone = starts.count('"processes": 1,') > 0
+    alone = starts.count('"world_size": 1,') > 0
     whole, continued = cluster.finished("whole"), cluster.finished(tag)
     same_images_seen = continued["state"]["images_seen"] == whole["state"]["images_seen"]
     largest_difference = max(float((continued["model"][n] - t).abs().max()) for n, t in whole["model"].items())

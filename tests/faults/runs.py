@@ -215,5 +215,5 @@ def difference_of_runs(workspace: Workspace, tag: str, reference: str) -> str:
         records(workspace.folder(tag), "epoch"), records(workspace.folder(reference), "epoch"), "epochs"
     ):
         return found
-    updates = [record["update"] for record in records(workspace.folder(tag), "train")]
-    return "" if updates == sorted(set(updates)) else f"updates in metrics.jsonl: {updates}"
+    steps = [record["step"] for record in records(workspace.folder(tag), "train")]
+    return "" if steps == sorted(set(steps)) else f"steps in metrics.jsonl: {steps}"

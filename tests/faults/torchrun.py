@@ -82,7 +82,7 @@ def _run_trial(workspace: Workspace, tag: str, kind: str, rng: random.Random) ->
 
 def _has_reached(workspace: Workspace, tag: str, steps: int) -> bool:
     try:
-        return records(workspace.folder(tag), "train")[-1]["update"] >= steps
+        return records(workspace.folder(tag), "train")[-1]["step"] >= steps
     except (OSError, ValueError, IndexError):  # no record yet, or one that is being written
         return False
 

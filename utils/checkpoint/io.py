@@ -28,7 +28,7 @@ MAX_NESTING = 50
 
 # Classes that training programs pickle next to their weights. They are read as dicts, so their code never runs;
 # OrderedDict is the one type of mapping that the unpickler accepts.
-_READ_AS_DICT = [(OrderedDict, "yacs.config.CfgNode"), (OrderedDict, "argparse.Namespace")]
+_READ_AS_DICT: list[Callable | tuple[Callable, str]] = [(OrderedDict, "yacs.config.CfgNode"), (OrderedDict, "argparse.Namespace")]
 _HARMLESS_GLOBAL = re.compile(r"(collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\.\w*Storage|torch\.Size)$")
 
 
@@ -194,7 +194,7 @@ def _consecutive_pickles(data: bytes) -> list[bytes]:
     while len(pickles) < 5 and start < len(data) and data[start] == 0x80:
         end = start
         for _, _, position in pickletools.genops(data[start:]):
-            end = start + position + 1
+            end = start + (position or 0) + 1
         pickles.append(data[start:end])
         start = end
     return pickles or [data]
