@@ -46,9 +46,9 @@ def _run_trial(
     notes = workspace.root / f"{tag}.notes"
     notes.mkdir()
     opts = ["SAVE_STEPS", 1, "SAVE_KEEP", 0, "PRINT_FREQ", 1, "TRAIN.MAX_BAD_STEPS", LIMIT]
-    words = ("--accumulation-steps", grad_accum_steps)
+    args = ("--accumulation-steps", grad_accum_steps)
     inject = _inject_nonfinite(kind, bad_steps, micro_step, grad_accum_steps, victim, value, notes)
-    start = workspace.start(tag, *opts, words=words, processes=2, batch=BATCH // 2 // grad_accum_steps, inject=inject)
+    start = workspace.start(tag, *opts, args=args, processes=2, batch=BATCH // 2 // grad_accum_steps, inject=inject)
     codes = start.wait()
     if codes != ([3, 3] if persistent else [0, 0]):
         return f"codes {codes}:\n{start.output[-3000:]}"
