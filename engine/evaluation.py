@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
-from data.build import val_batches
 from engine.setup import build_components, compile_in_place, load_pretrained
 from engine.train_step import TrainComponents
 from models.pretrained.load import load_weights
-from tasks.build import open_data
+from tasks.build import open_data, val_batches
 from tasks.task import Batch, Task
 from utils.checkpoint.io import extract_state_dict
 from utils.distributed.fsdp import summon_full_params

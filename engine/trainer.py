@@ -14,7 +14,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from config import dump
-from data.build import Data, TrainBatches, ValBatches, val_batches
+from data.build import Data, TrainBatches, ValBatches
 from data.loader.loader import explain_worker_crash
 from engine import evaluation, train_step
 from engine.resume import (
@@ -27,7 +27,7 @@ from engine.resume import (
 from engine.setup import build_components, compile_and_wrap
 from engine.train_step import StepMetrics, TrainComponents, TrainState
 from lr_scheduler import Schedule, build_schedule
-from tasks.build import open_data
+from tasks.build import open_data, train_batches, val_batches
 from tasks.task import Batch, Task
 from utils.checkpoint.async_saver import AsyncCheckpointer
 from utils.checkpoint.io import CheckpointFolder, not_finite
@@ -189,7 +189,7 @@ class Trainer:
         Raises:
             UserError: the last state could not be saved; and everything that `train` raises.
         """
-        train = TrainBatches(self.config, self.data, self.dist_info, self.state.images_seen, self.clock.total_images)
+        train = train_batches(self.config, self.data, self.dist_info, self.state.images_seen, self.clock.total_images)
         val = val_batches(self.config, self.data, self.dist_info)
         logger, stream = None, iter(train)
         if self.dist_info.is_main:

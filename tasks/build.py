@@ -2,7 +2,16 @@
 
 from yacs.config import CfgNode
 
-from data.build import Data, build_datasets, model_inputs
+from data.build import (
+    Data,
+    TrainBatches,
+    ValBatches,
+    build_datasets,
+    build_eval_preset,
+    build_mixup,
+    build_train_transform,
+    model_inputs,
+)
 from models.build import build_model, input_channels
 from tasks.classification import Classification
 from tasks.task import Task
@@ -35,3 +44,18 @@ def build_task(config: CfgNode, data: Data | None) -> Task:
         mean=inputs.mean,
         std=inputs.std,
     )
+
+
+def train_batches(config: CfgNode, data: Data, dist_info: DistInfo, start: int, stop: int) -> TrainBatches:
+    """Opens this rank's micro-batches of the training stream, from image number `start` to `stop`."""
+    transform, mixer = build_train_transform(config), build_mixup(config, data.num_classes)
+    return TrainBatches(config, data, dist_info, start, stop, transform=transform, mixer=mixer)
+
+
+def val_batches(config: CfgNode, data: Data, dist_info: DistInfo, weight_format: str = "original") -> ValBatches:
+    """Opens this rank's share of the evaluation data.
+
+    Args:
+        weight_format: of the weights to evaluate; TEST.PRESET auto prepares images as their code base does.
+    """
+    return ValBatches(config, data, dist_info, build_eval_preset(config, weight_format))

@@ -1,6 +1,7 @@
-"""Calls in a child of this process, which has imported everything already: what they said, ran, and how they ended.
+"""Runs calls in forked children of this process, and reports their output, exit code and started programs.
 
-A child costs milliseconds, and whatever happens in it (a crash in a decoder, a hang, code that runs) stays in it.
+The parent has imported everything already, so a child costs milliseconds. Crashes, hangs and foreign code affect the
+child alone.
 """
 
 import faulthandler
@@ -19,100 +20,105 @@ import data.native.library
 import models.ops.native_attention
 from utils.compile_native import CannotBuild
 
-# What Python tells its audit hooks when a program is started, a connection made or foreign code loaded.
+# Audit events of Python for started programs, connections and loaded foreign code.
 _SUSPICIOUS = (
     "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn", "subprocess.Popen",
     "socket.connect", "socket.getaddrinfo", "ctypes.dlopen", "webbrowser.open",
 )  # fmt: skip
-_OWN_PROGRAMS = ("git", "uname", "lscpu")  # what a run asks for its notes, see utils/tracking/run_dir.py
-_NOTE = "\x00executed: "
+_EXPECTED_PROGRAMS = ("git", "uname", "lscpu")  # started by utils/tracking/run_dir.py
+_EXECUTED = "\x00executed: "
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """code: exit code, negative for the signal that ended it, None where it hung; said: stdout and stderr together;
-    executed: programs started, connections made and the like."""
+    """Result of a child.
+
+    Attributes:
+        code: exit code; negative for the signal that ended it; None if it hung.
+        output: stdout and stderr together.
+        executed: programs started, connections made and the like.
+    """
 
     code: int | None
-    said: str
+    output: str
     seconds: float
     executed: tuple[str, ...]
 
 
 @functools.cache
 def load_native_parts() -> None:
-    """Loads the project's own native code, or finds out that there is none, so that no child has to."""
+    """Loads the project's native libraries in the parent, if they can be built, so that no child has to."""
     for load in (data.native.library.library, models.ops.native_attention.LIBRARY.load):
         try:
             load()
         except CannotBuild:
-            continue  # the children do without, as anybody
+            continue  # the children use the reference code
 
 
 def forked(call: Callable[[], int | None], timeout: float = 60.0, memory: int = 0) -> Outcome:
-    """Runs `call` in a child of its own, ends it after `timeout` seconds, and tells what became of it.
+    """Runs `call` in a child, and kills it after `timeout` seconds.
 
     Args:
-        call: its result is the exit code, None meaning 0; an exception is printed as Python does, and code 1.
-        memory: bytes of address space that the child may take beyond what it begins with; 0 for no limit.
+        call: returns the exit code, or None for 0. An exception is printed, and the code is 1.
+        memory: bytes of address space that the child may add to what it starts with; 0 for no limit.
     """
     load_native_parts()
-    reading, writing = os.pipe()  # not a file: limits on files and full disks are among what is tested
-    os.set_blocking(reading, False)
+    read_fd, write_fd = os.pipe()  # not a file: some children run with file limits or full disks
+    os.set_blocking(read_fd, False)
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        _be_the_child(call, writing, timeout, memory)
-    os.close(writing)
+        _run_child(call, write_fd, timeout, memory)
+    os.close(write_fd)
     output = bytearray()
-    code = _wait(child, reading, output, started + timeout)
+    code = _wait(child, read_fd, output, started + timeout)
     seconds = time.monotonic() - started
-    os.close(reading)
+    os.close(read_fd)
     lines = output.decode(errors="replace").split("\n")
-    executed = tuple(line.split(_NOTE)[1] for line in lines if _NOTE in line)
-    return Outcome(code, "\n".join(line for line in lines if _NOTE not in line), seconds, executed)
+    executed = tuple(line.split(_EXECUTED)[1] for line in lines if _EXECUTED in line)
+    return Outcome(code, "\n".join(line for line in lines if _EXECUTED not in line), seconds, executed)
 
 
-def _wait(child: int, reading: int, output: bytearray, end: float) -> int | None:
-    """Collects what the child says until it ends; None, and its end, when that is after `end`."""
+def _wait(child: int, read_fd: int, output: bytearray, end: float) -> int | None:
+    """Collects the output of the child until it ends and returns its exit code; kills it at `end` and returns None."""
     while time.monotonic() < end:
         pid, status = os.waitpid(child, os.WNOHANG)
-        select.select([reading], [], [], 0 if pid else 0.005)
-        _drain(reading, output)
+        select.select([read_fd], [], [], 0 if pid else 0.005)
+        _drain(read_fd, output)
         if pid:
             return os.waitstatus_to_exitcode(status)
-    for target in (-child, child):  # with all that it started
+    for target in (-child, child):  # with all processes that it started
         try:
             os.kill(target, signal.SIGKILL)
         except ProcessLookupError:
             continue
     os.waitpid(child, 0)
-    _drain(reading, output)
+    _drain(read_fd, output)
     return None
 
 
-def _drain(reading: int, output: bytearray) -> None:
+def _drain(read_fd: int, output: bytearray) -> None:
     try:
-        while chunk := os.read(reading, 1 << 16):
+        while chunk := os.read(read_fd, 1 << 16):
             output += chunk
     except BlockingIOError:
         return
 
 
-def _be_the_child(call: Callable[[], int | None], output: int, timeout: float, memory: int) -> None:
-    """Never returns: leaves by os._exit, so that nothing of the parent (its tests, its files) is ended twice."""
+def _run_child(call: Callable[[], int | None], output: int, timeout: float, memory: int) -> None:
+    """Runs `call` and leaves by os._exit, so that no cleanup of the parent runs twice. Never returns."""
     code = 1
     try:
         os.setsid()
         os.dup2(output, 1)
         os.dup2(output, 2)
-        faulthandler.dump_traceback_later(0.9 * timeout, file=2)  # a child that hangs says where
+        faulthandler.dump_traceback_later(0.9 * timeout, file=2)  # shows where a child hangs
         sys.stdout = open(1, "w", errors="backslashreplace", closefd=False, buffering=1)
         sys.stderr = open(2, "w", errors="backslashreplace", closefd=False, buffering=1)
         if memory:
             taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (taken + memory, resource.RLIM_INFINITY))
-        sys.addaudithook(_note)
+        sys.addaudithook(_audit)
         code = call() or 0
         sys.stdout.flush()
     except SystemExit as error:
@@ -124,13 +130,13 @@ def _be_the_child(call: Callable[[], int | None], output: int, timeout: float, m
         os._exit(code)
 
 
-def _note(event: str, arguments: tuple) -> None:
+def _audit(event: str, arguments: tuple) -> None:
     if event not in _SUSPICIOUS:
         return
     if event == "socket.connect" and isinstance(arguments[1], str):
-        return  # a socket of this machine, as loader workers have
-    if event == "subprocess.Popen" and os.path.basename(str(arguments[0])) in _OWN_PROGRAMS:
+        return  # a local socket, as loader workers use
+    if event == "subprocess.Popen" and os.path.basename(str(arguments[0])) in _EXPECTED_PROGRAMS:
         return
-    if event in ("os.posix_spawn", "os.exec") and os.path.basename(os.fsdecode(arguments[0])) in _OWN_PROGRAMS:
+    if event in ("os.posix_spawn", "os.exec") and os.path.basename(os.fsdecode(arguments[0])) in _EXPECTED_PROGRAMS:
         return
-    os.write(2, f"\n{_NOTE}{event} {arguments!r}".replace("\n", " ").join("\n\n").encode(errors="replace"))
+    os.write(2, f"\n{_EXECUTED}{event} {arguments!r}".replace("\n", " ").join("\n\n").encode(errors="replace"))

@@ -1,4 +1,4 @@
-"""Counting of a harness: how many cases of what kind came out as they should, and what the others said."""
+"""Counts the passed cases of a harness by kind, and collects its failures."""
 
 import time
 from collections import Counter
@@ -7,35 +7,35 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Report:
-    """The cases of one harness so far. `seed` gives them again."""
+    """The cases of one harness so far; `seed` reproduces them."""
 
     name: str
     seed: int
-    good: Counter = field(default_factory=Counter)
+    passed_by_kind: Counter = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
-    def add(self, what: str, ok: bool, detail: str = "") -> None:
-        """Counts a case of the kind `what`; of one that is not `ok`, `detail` says what went wrong, and with what."""
-        if ok:
-            self.good[what] += 1
+    def add(self, kind: str, passed: bool, detail: str = "") -> None:
+        """Counts a case; `detail` describes the failure of one that has not passed."""
+        if passed:
+            self.passed_by_kind[kind] += 1
         else:
-            self.failures.append(f"{what}: {detail}")
+            self.failures.append(f"{kind}: {detail}")
 
     def note(self, line: str) -> None:
-        """Something that is to be printed with the counts."""
+        """Adds a line to print with the counts."""
         self.notes.append(line)
 
     @property
     def count(self) -> int:
-        return sum(self.good.values()) + len(self.failures)
+        return sum(self.passed_by_kind.values()) + len(self.failures)
 
     def lines(self) -> list[str]:
-        """What is printed: the counts by kind, the seed and the time; and each failure."""
+        """Returns the lines to print: the counts by kind, the seed, the time, and each failure."""
         minutes = (time.monotonic() - self.started) / 60
-        head = f"{self.name}: {self.count - len(self.failures)} of {self.count} as they should be"
-        kinds = [f"  {number:5d}  {what}" for what, number in sorted(self.good.items())]
+        head = f"{self.name}: {self.count - len(self.failures)} of {self.count} passed"
+        kinds = [f"  {number:5d}  {kind}" for kind, number in sorted(self.passed_by_kind.items())]
         failed = [f"  FAILED {failure}" for failure in self.failures]
         notes = [f"  {note}" for note in self.notes]
         return [f"{head} (seed {self.seed}, {minutes:.1f} minutes)", *kinds, *notes, *failed]

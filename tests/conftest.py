@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Fixtures of all tests."""
 
 import logging
 from collections.abc import Iterator
@@ -13,19 +13,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """main() sets logging up for the whole process, which outlives a test that calls it."""
-    root, modes = logging.getLogger(), logging.getLogger("engine")
-    handlers, levels = list(root.handlers), (root.level, modes.level)
+def restore_logging() -> Iterator[None]:
+    """Undoes the process-wide logging setup of main()."""
+    root, engine = logging.getLogger(), logging.getLogger("engine")
+    handlers, levels = list(root.handlers), (root.level, engine.level)
     yield
+    for handler in root.handlers:
+        if isinstance(handler, logging.FileHandler) and handler not in handlers:
+            handler.close()
     root.handlers[:] = handlers
     root.setLevel(levels[0])
-    modes.setLevel(levels[1])  # benchmarks.step makes it quieter
+    engine.setLevel(levels[1])  # benchmarks/step.py changes it
     logging.captureWarnings(False)
 
 
 @pytest.fixture(autouse=True)
-def compiled_anew(request: pytest.FixtureRequest) -> None:
-    """What torch.compile remembers of another test's shapes would make it look for code for all shapes, slowly."""
+def reset_compiler(request: pytest.FixtureRequest) -> None:
+    """Clears torch.compile's caches: shapes of other tests would make it compile for dynamic shapes, which is slow."""
     if "compile" in request.node.name:
         torch.compiler.reset()

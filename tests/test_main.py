@@ -1,4 +1,4 @@
-"""The main job from the command line: train, be killed, resume, evaluate, fine-tune, refuse; on tiny images."""
+"""Runs of main.py on tiny images: training, kills, resuming, evaluation, fine-tuning and errors."""
 
 import csv
 import functools
@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import train_step
+from engine import throughput, train_step
 from main import main
 from utils.paths import REPO_ROOT
 
-TRAIN, VAL, BATCH = 44, 14, 8  # an epoch is five and a half batches: batches reach over its end
-COLOURS = {"blue": (30, 30, 220), "green": (30, 220, 30)}
+TRAIN, VAL, BATCH = 44, 14, 8  # an epoch is 5.5 batches, so one batch spans two epochs
+COLORS = {"blue": (30, 30, 220), "green": (30, 220, 30)}
 
 RECIPE = f"""
 DATA: {{IMG_SIZE: 32, BATCH_SIZE: {BATCH}, NUM_WORKERS: 0}}
@@ -40,20 +40,20 @@ CPU_ONLY = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 @pytest.fixture(autouse=True)
 def on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equality to the bit is promised on CPU; only the tests marked `gpu` use one."""
+    """Hides GPUs, except from tests marked `gpu`: results are bitwise reproducible on the CPU."""
     if "gpu" not in request.keywords:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes told apart by their colour."""
+    """Two classes that differ in color."""
     root = tmp_path_factory.mktemp("images")
     for split, count in (("train", TRAIN // 2), ("val", VAL // 2)):
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                shade = tuple(min(255, c + 5 * (i % 7)) for c in colour)
+                shade = tuple(min(255, c + 5 * (i % 7)) for c in color)
                 Image.new("RGB", (40, 36), shade).save(root / split / name / f"{i}.jpg")
     return root
 
@@ -66,46 +66,46 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def job(recipe: Path, images: Path, capfd: pytest.CaptureFixture):
-    """Runs main.py in this process; returns its exit code and all it said."""
+    """Runs main.py in this process; returns its exit code and its output."""
 
-    def run(*words: str, data: Path = images) -> tuple[int, str]:
+    def run(*args: str, data: Path = images) -> tuple[int, str]:
         capfd.readouterr()
-        argv = ["--cfg", str(recipe), "--data-path", str(data), "--output", str(recipe.parent / "logs"), *words]
+        argv = ["--cfg", str(recipe), "--data-path", str(data), "--output", str(recipe.parent / "logs"), *args]
         code = main(argv)
-        said = capfd.readouterr()
-        return code, said.out + said.err
+        output = capfd.readouterr()
+        return code, output.out + output.err
 
     return run
 
 
-def command(recipe: Path, images: Path, *words: str, processes: int = 1) -> list[str]:
+def command(recipe: Path, images: Path, *args: str, processes: int = 1) -> list[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     start = start if processes > 1 else [sys.executable]
     where = ["--data-path", str(images), "--output", str(recipe.parent / "logs")]
-    return [*start, str(REPO_ROOT / "main.py"), "--cfg", str(recipe), *where, *words]
+    return [*start, str(REPO_ROOT / "main.py"), "--cfg", str(recipe), *where, *args]
 
 
 def kill_all(recipe: Path) -> None:
-    """kill -9 to every process of the run at once: torchrun, the ranks (in sessions of their own), their workers."""
+    """Kills every process of the run with `kill -9`: torchrun, the ranks (in their own sessions) and their workers."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             mine = str(recipe).encode() in path.read_bytes() and int(path.parent.name) != os.getpid()
             if mine:
                 os.kill(int(path.parent.name), signal.SIGKILL)
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
+            continue  # it has ended
 
 
-def run_folder(recipe: Path, tag: str = "default") -> Path:
+def run_dir(recipe: Path, tag: str = "default") -> Path:
     return recipe.parent / "logs" / "tiny" / tag
 
 
 def checkpoint(recipe: Path, tag: str = "default", name: str = "last") -> dict:
-    return torch.load(run_folder(recipe, tag) / "checkpoints" / f"{name}.pth", weights_only=True)
+    return torch.load(run_dir(recipe, tag) / "checkpoints" / f"{name}.pth", weights_only=True)
 
 
 def assert_same(one, other, where: str = "") -> None:
-    """Equal to the bit, all the way down."""
+    """Asserts that two nested structures are bitwise equal."""
     assert type(one) is type(other), where
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), where
@@ -122,19 +122,20 @@ def assert_same(one, other, where: str = "") -> None:
 
 
 def test_one_run_from_start_to_end(job, recipe: Path):
-    code, said = job()
-    assert code == 0, said
-    folder = run_folder(recipe)
-    for word in ("best top-1", f"less {folder}/log.txt", f"tensorboard --logdir {folder}/tensorboard", "best.pth"):
-        assert word in said
+    code, output = job()
+    assert code == 0, output
+    folder = run_dir(recipe)
+    for expected in ("best top-1", f"less {folder}/log.txt", f"tensorboard --logdir {folder}/tensorboard", "best.pth"):
+        assert expected in output
 
-    updates = -(-3 * TRAIN // BATCH)
+    steps = -(-3 * TRAIN // BATCH)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     epochs = [record for record in records if record["kind"] == "epoch"]
-    assert [record["step"] for record in epochs] == [6, 11, updates]
+    assert [record["step"] for record in epochs] == [6, 11, steps]
     assert all(record["images"] == VAL for record in epochs)
     assert {"lr", "weight_decay", "grad_norm", "images_per_second", "data_wait", "memory_gib"} <= records[0].keys()
-    assert [row["epoch"] for row in csv.DictReader(open(folder / "summary.csv"))] == ["1", "2", "3"]
+    summary = csv.DictReader((folder / "summary.csv").read_text().splitlines())
+    assert [row["epoch"] for row in summary] == ["1", "2", "3"]
 
     shown = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 10}).Reload().Tags()
     assert {"train/loss", "train/lr", "epoch/acc1", "epoch/acc5", "epoch/ema_acc1"} <= set(shown["scalars"])
@@ -142,42 +143,43 @@ def test_one_run_from_start_to_end(job, recipe: Path):
 
     saved = checkpoint(recipe)
     assert saved["class_names"] == ["blue", "green"]
-    assert saved["state"]["images_seen"] == updates * BATCH
+    assert saved["state"]["images_seen"] == steps * BATCH
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
         "best.pth", "epoch_0001.pth", "epoch_0002.pth", "epoch_0003.pth", "last.pth",
     ]  # fmt: skip
 
-    # The saved config is the same run; it is complete.
+    # The saved config continues the same run, which is complete.
     code = main(["--cfg", str(folder / "config.yaml")])
     assert code == 0
     assert_same(saved, checkpoint(recipe))
 
-    # Its best checkpoint is as good as it was said to be.
-    code, said = job("--eval", "--resume", str(folder / "checkpoints" / "best.pth"))
-    assert code == 0, said
+    # The best checkpoint evaluates to the metric that was logged.
+    code, output = job("--eval", "--resume", str(folder / "checkpoints" / "best.pth"))
+    assert code == 0, output
     best = checkpoint(recipe, name="best")["state"]["best_metric"]
-    assert f"top-1 {best:.3f} %" in said
-    assert f"{VAL} images" in said and "average of the weights" in said
+    assert f"top-1 {best:.3f} %" in output
+    assert f"{VAL} images" in output and "average of the weights" in output
 
 
-def test_a_complete_run_says_so(job, recipe: Path):
+def test_starting_a_complete_run_does_nothing(job, recipe: Path):
     assert job("--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")[0] == 0
-    code, said = job("--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")
-    assert code == 0 and "this run is complete: all 1 epochs are done" in said
+    code, output = job("--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")
+    assert code == 0 and "this run is complete: all 1 epochs are done" in output
 
 
-def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Path, images: Path):
-    """Two processes with two workers each, kill -9 of them all, a start with the same command."""
-    words = ["--opts", "SAVE_STEPS", "1", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2"]
-    through = command(recipe, images, "--tag", "through", *words, processes=2)
+@pytest.mark.slow  # tests/faults/kill.py tests the same without torchrun
+def test_killed_run_resumes_to_the_same_bits(recipe: Path, images: Path):
+    """Kills two ranks with two workers each in the middle of an epoch, and starts the same command again."""
+    args = ["--opts", "SAVE_STEPS", "1", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2"]
+    through = command(recipe, images, "--tag", "through", *args, processes=2)
     subprocess.run(through, check=True, capture_output=True, cwd=REPO_ROOT, env=CPU_ONLY, timeout=280)
 
-    killed = command(recipe, images, "--tag", "killed", *words, processes=2)
-    lines = run_folder(recipe, "killed") / "metrics.jsonl"
+    killed = command(recipe, images, "--tag", "killed", *args, processes=2)
+    lines = run_dir(recipe, "killed") / "metrics.jsonl"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(killed, cwd=REPO_ROOT, env=CPU_ONLY, **pipes) as running:
         for line in running.stdout:
-            if "epoch 1.8" in line:  # 5 of 9 updates at 16 images each, in the second epoch
+            if "epoch 1.8" in line:  # 5 of 9 steps of 16 images, in the second epoch
                 break
         kill_all(recipe)
     stopped_at = checkpoint(recipe, "killed")["state"]["images_seen"]
@@ -187,26 +189,26 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(recipe: Pat
     assert f"after {stopped_at} images" in again.stdout
     one, other = checkpoint(recipe, "through"), checkpoint(recipe, "killed")
     for contents in (one, other):
-        contents.pop("config")  # holds the tag
+        contents.pop("config")  # contains the tag
     assert_same(one, other)
-    updates = [json.loads(line)["step"] for line in lines.read_text().splitlines() if '"train"' in line]
-    assert updates == list(range(1, 10))
+    steps = [json.loads(line)["step"] for line in lines.read_text().splitlines() if '"train"' in line]
+    assert steps == list(range(1, 10))
 
 
-def test_asked_to_stop_it_saves_at_once_and_continues_to_the_same_bits(job, recipe: Path, monkeypatch):
+def test_preempted_run_saves_at_once_and_resumes_to_the_same_bits(job, recipe: Path, monkeypatch):
     assert job("--tag", "through")[0] == 0
-    updates = train_step.train
+    train_steps = train_step.train_steps
 
-    def asked(*args):
-        for number, account in enumerate(updates(*args)):
+    def signalling_steps(*args):
+        for number, metrics in enumerate(train_steps(*args)):
             if number == 7:  # in the middle of the second epoch
                 os.kill(os.getpid(), signal.SIGTERM)
-            yield account
+            yield metrics
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_step, "train", asked)
-        code, said = job("--tag", "stopped")
-    assert code == 0 and "asked to stop: saved after 64 images; the same command continues" in said
+        patch.setattr(train_step, "train_steps", signalling_steps)
+        code, output = job("--tag", "stopped")
+    assert code == 0 and "stopped and saved after 64 images; the same command continues" in output
     assert checkpoint(recipe, "stopped")["state"]["images_seen"] == 64
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert job("--tag", "stopped")[0] == 0
@@ -214,168 +216,168 @@ def test_asked_to_stop_it_saves_at_once_and_continues_to_the_same_bits(job, reci
     assert_same({**one, "config": ""}, {**other, "config": ""})
 
 
-def test_one_process_asked_stops_all_at_the_same_update(recipe: Path, images: Path):
-    words = ["--tag", "asked", "--opts", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2", "TRAIN.EPOCHS", "1000"]
+def test_preempting_one_rank_stops_all_at_the_same_step(recipe: Path, images: Path):
+    args = ["--tag", "asked", "--opts", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "2", "TRAIN.EPOCHS", "1000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(
-        command(recipe, images, *words, processes=2), cwd=REPO_ROOT, env=CPU_ONLY, **pipes
-    ) as running:
-        for line in running.stdout:
-            if "epoch 2.1" in line:
-                os.kill(rank_1(recipe), signal.SIGUSR1)
-                break
-        said = running.stdout.read()
-    assert running.returncode == 0, said
-    assert "asked to stop" in said
+    with subprocess.Popen(command(recipe, images, *args, processes=2), cwd=REPO_ROOT, env=CPU_ONLY, **pipes) as running:
+        try:
+            for line in running.stdout:
+                if "epoch 2.1" in line:
+                    os.kill(rank_1(recipe), signal.SIGUSR1)
+                    break
+            output = running.stdout.read()
+        finally:
+            kill_all(recipe)  # leaving the block waits for torchrun, even after this test's timeout
+    assert running.returncode == 0, output
+    assert "stopped and saved" in output
     assert 2 * TRAIN < checkpoint(recipe, "asked")["state"]["images_seen"] < 100 * TRAIN
 
 
 def rank_1(recipe: Path) -> int:
-    """The process of rank 1: of those with its environment, the one that the others are children of."""
-    found = []
+    """Returns the process of rank 1: of those with its environment, the parent, which has the lowest id."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if (
-                str(recipe).encode() in (path / "cmdline").read_bytes()
-                and b"\0RANK=1\0" in (path / "environ").read_bytes()
-            ):
-                found.append(int(path.name))
+            cmdline, environ = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
+            if str(recipe).encode() in cmdline and b"\0RANK=1\0" in environ:
+                pids.append(int(path.name))
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-    return min(found)
+    return min(pids)
 
 
-def test_processes_share_one_order_and_one_evaluation(recipe: Path, images: Path, job):
-    """Two processes with half the batch make the updates of one with the whole, but for the order of summing."""
+def test_two_ranks_train_and_evaluate_like_one(recipe: Path, images: Path, job):
+    """Two ranks with half the batch make the steps of one with the whole batch, up to the order of sums."""
     one = job("--tag", "one", "--opts", "TRAIN.ACCUMULATION_STEPS", "2", "DATA.BATCH_SIZE", "4")
     assert one[0] == 0, one[1]
-    words = ["--tag", "two", "--batch-size", "4"]
-    two = command(recipe, images, *words, processes=2)
+    args = ["--tag", "two", "--batch-size", "4"]
+    two = command(recipe, images, *args, processes=2)
     subprocess.run(two, check=True, capture_output=True, cwd=REPO_ROOT, env=CPU_ONLY, timeout=280)
     a, b = checkpoint(recipe, "one"), checkpoint(recipe, "two")
     assert a["state"]["images_seen"] == b["state"]["images_seen"]
     for name, value in a["model"].items():
         torch.testing.assert_close(value, b["model"][name], rtol=1e-3, atol=1e-4, msg=name)
-    evaluate = ["--eval", "--resume", str(run_folder(recipe, "one") / "checkpoints" / "last.pth")]
+    evaluate = ["--eval", "--resume", str(run_dir(recipe, "one") / "checkpoints" / "last.pth")]
     alone = job(*evaluate)[1]
     two = command(recipe, images, *evaluate, processes=2)
     together = subprocess.run(
         two, check=True, capture_output=True, text=True, cwd=REPO_ROOT, env=CPU_ONLY, timeout=280
     ).stdout
-    results = [[line for line in said.splitlines() if "top-1" in line] for said in (alone, together)]
+    results = [[line for line in output.splitlines() if "top-1" in line] for output in (alone, together)]
     assert len(results[0]) == 2 and results[0] == results[1]
 
 
-def test_another_configuration_in_the_same_folder(job, recipe: Path):
+def test_changed_config_in_the_same_folder_is_refused(job, recipe: Path):
     short = ["--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     assert job(*short)[0] == 0
-    code, said = job(*short, "TRAIN.BASE_LR", "0.05")
+    code, output = job(*short, "TRAIN.BASE_LR", "0.05")
     assert (
         code == 2
-        and "TRAIN.BASE_LR: 0.1 there, 0.05 now" in said
-        and "--allow-config-change" in said
-        and "--tag" in said
+        and "TRAIN.BASE_LR: 0.1 there, 0.05 now" in output
+        and "--allow-config-change" in output
+        and "--tag" in output
     )
     longer = ["--opts", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0"]
-    code, said = job("--allow-config-change", *longer)
-    assert code == 0 and "TRAIN.EPOCHS: 1 there, 2 now" in said
+    code, output = job("--allow-config-change", *longer)
+    assert code == 0 and "TRAIN.EPOCHS: 1 there, 2 now" in output
     assert checkpoint(recipe)["state"]["images_seen"] == 2 * TRAIN
-    code, said = job(*longer, "TRAIN.AUTO_RESUME", "False")
-    assert code == 2 and "TRAIN.AUTO_RESUME is off" in said
-    (run_folder(recipe) / "config.yaml").unlink()
-    assert job(*longer, "SEED", "9")[0] == 2, "the checkpoint itself says what it belongs to"
-    code, said = job("--allow-config-change", *longer, "DATA.BATCH_SIZE", "14")
-    assert code == 2 and "no whole number of updates at 14 images" in said
-    assert job(*longer)[0] == 0, "what was refused has changed nothing"
-    code, said = job("--allow-config-change", "--optim", "sgd", *longer)
-    assert code == 2 and "its optimizer is AdamW, not SGD" in said
+    code, output = job(*longer, "TRAIN.AUTO_RESUME", "False")
+    assert code == 2 and "TRAIN.AUTO_RESUME is off" in output
+    (run_dir(recipe) / "config.yaml").unlink()
+    assert job(*longer, "SEED", "9")[0] == 2, "the config in the checkpoint is compared"
+    code, output = job("--allow-config-change", *longer, "DATA.BATCH_SIZE", "14")
+    assert code == 2 and "no whole number of steps at 14 images" in output
+    assert job(*longer)[0] == 0, "a refused start has changed nothing"
+    code, output = job("--allow-config-change", "--optim", "sgd", *longer)
+    assert code == 2 and "its optimizer is AdamW, not SGD" in output
 
 
-def test_how_a_run_ended_stands_in_its_log(job, recipe: Path):
-    code, said = job("--opts", "TRAIN.BASE_LR", "1e30", "TRAIN.MAX_BAD_STEPS", "2")
+def test_log_file_contains_the_error_that_ended_the_run(job, recipe: Path):
+    code, output = job("--opts", "TRAIN.BASE_LR", "1e30", "TRAIN.MAX_BAD_STEPS", "2")
     assert code == 3
-    log = (run_folder(recipe) / "log.txt").read_text()
-    assert "ERROR" in log and "updates in a row" in log and "epoch 0." in log
+    log = (run_dir(recipe) / "log.txt").read_text()
+    assert "ERROR" in log and "steps in a row" in log and "epoch 0." in log
 
 
 def test_explicit_resume_wins_over_the_folder(job, recipe: Path):
     assert job()[0] == 0
-    first = run_folder(recipe) / "checkpoints" / "epoch_0001.pth"
-    code, said = job("--resume", str(first))
-    assert code == 0 and f"continuing from {first}, after 48 images" in said
+    first = run_dir(recipe) / "checkpoints" / "epoch_0001.pth"
+    code, output = job("--resume", str(first))
+    assert code == 0 and f"resumed from {first}, after 48 images" in output
     assert checkpoint(recipe)["state"]["images_seen"] == 17 * BATCH
-    # The same command again goes on from what it made of it, instead of beginning there once more.
-    code, said = job("--resume", str(first))
-    assert code == 0 and "this run is complete" in said
-    # In a folder of its own too, and only with the configuration of the checkpoint.
-    code, said = job("--resume", str(first), "--tag", "copy", "--opts", "SEED", "5")
-    assert code == 2 and "SEED: 0 there, 5 now" in said
-    assert not (run_folder(recipe, "copy") / "config.yaml").exists()
+    # The same command again continues from its own last checkpoint.
+    code, output = job("--resume", str(first))
+    assert code == 0 and "this run is complete" in output
+    # In another folder too, but only with the configuration of the checkpoint.
+    code, output = job("--resume", str(first), "--tag", "copy", "--opts", "SEED", "5")
+    assert code == 2 and "SEED: 0 there, 5 now" in output
+    assert not (run_dir(recipe, "copy") / "config.yaml").exists()
 
 
 def test_fine_tuning_on_other_classes_and_another_window(job, recipe: Path, images: Path, tmp_path: Path):
     short = ["TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     assert job("--opts", *short)[0] == 0
-    weights = run_folder(recipe) / "checkpoints" / "last.pth"
+    weights = run_dir(recipe) / "checkpoints" / "last.pth"
     others = tmp_path / "others"
     for split in ("train", "val"):
         for name, shade in (("a", 20), ("b", 120), ("c", 220)):
             (others / split / name).mkdir(parents=True)
             for i in range(6):
                 Image.new("RGB", (36, 36), (shade, shade, i)).save(others / split / name / f"{i}.jpg")
-    words = ["--tag", "tuned", "--pretrained", str(weights), "--opts", *short, "MODEL.SWIN.WINDOW_SIZE", "8"]
-    code, said = job(*words, data=others)
-    assert code == 0, said
-    assert "bicubic" in said and "head.weight" in said and "other classes: starts from zeros" in said
+    args = ["--tag", "tuned", "--pretrained", str(weights), "--opts", *short, "MODEL.SWIN.WINDOW_SIZE", "8"]
+    code, output = job(*args, data=others)
+    assert code == 0, output
+    assert "bicubic" in output and "head.weight" in output and "other classes: starts from zeros" in output
     assert checkpoint(recipe, "tuned")["class_names"] == ["a", "b", "c"]
-    code, said = job("--eval", "--pretrained", str(weights), data=others)
-    assert code == 2 and "other classes" in said
-    code, said = job("--tag", "new", "--resume", str(recipe), "--opts", *short)
-    assert code == 2 and "not a readable checkpoint" in said
+    code, output = job("--eval", "--pretrained", str(weights), data=others)
+    assert code == 2 and "other classes" in output
+    code, output = job("--tag", "new", "--resume", str(recipe), "--opts", *short)
+    assert code == 2 and "not a readable checkpoint" in output
 
 
-def test_weights_alone_are_no_run_to_continue(job, recipe: Path, tmp_path: Path):
+def test_weights_without_a_run_cannot_be_resumed(job, recipe: Path, tmp_path: Path):
     assert job("--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")[0] == 0
     torch.save({"model": checkpoint(recipe)["model"]}, tmp_path / "weights.pth")
-    code, said = job("--tag", "other", "--resume", str(tmp_path / "weights.pth"))
-    assert code == 2 and "no run to continue" in said and "--pretrained" in said
-    code, said = job("--tag", "other", "--eval", "--resume", str(tmp_path / "weights.pth"))
-    assert code == 0, said
+    code, output = job("--tag", "other", "--resume", str(tmp_path / "weights.pth"))
+    assert code == 2 and "no run to continue" in output and "--pretrained" in output
+    code, output = job("--tag", "other", "--eval", "--resume", str(tmp_path / "weights.pth"))
+    assert code == 0, output
 
 
-def test_divergence_stops_the_run_and_saves_nothing_bad(job, recipe: Path):
-    code, said = job("--opts", "TRAIN.BASE_LR", "1e30", "TRAIN.MAX_BAD_STEPS", "2", "SAVE_STEPS", "1")
-    assert code == 3, said
-    assert "not finite" in said and "last good checkpoint" in said
+def test_divergence_stops_the_run_and_saves_only_finite_weights(job, recipe: Path):
+    code, output = job("--opts", "TRAIN.BASE_LR", "1e30", "TRAIN.MAX_BAD_STEPS", "2", "SAVE_STEPS", "1")
+    assert code == 3, output
+    assert "not finite" in output and "last good checkpoint" in output
     model = checkpoint(recipe)["model"]
     assert all(value.isfinite().all() for value in model.values())
 
 
-def test_corrupt_image_stops_the_run_by_name(job, recipe: Path, tmp_path: Path, images: Path):
+def test_corrupt_image_is_named(job, recipe: Path, tmp_path: Path, images: Path):
     broken = tmp_path / "broken"
     for source in images.rglob("*.jpg"):
         target = broken / source.relative_to(images)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
-    (broken / "train" / "blue" / "3.jpg").write_bytes(b"no picture")
-    code, said = job(data=broken)
-    assert code == 2 and "blue/3.jpg" in said and "DATA.MAX_BAD_IMAGES" in said
-    words = ["DATA.MAX_BAD_IMAGES", "5", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
-    code, said = job("--opts", *words, data=broken)
-    assert code == 0 and "blue/3.jpg" in said
+    (broken / "train" / "blue" / "3.jpg").write_bytes(b"not an image")
+    code, output = job(data=broken)
+    assert code == 2 and "blue/3.jpg" in output and "DATA.MAX_BAD_IMAGES" in output
+    args = ["DATA.MAX_BAD_IMAGES", "5", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    code, output = job("--opts", *args, data=broken)
+    assert code == 0 and "blue/3.jpg" in output
 
 
 def test_throughput_needs_no_data(recipe: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(train_step, "measure", functools.partial(train_step.measure, seconds=0.05, runs=3))
+    fast = functools.partial(throughput.images_per_second, seconds=0.05, runs=3)
+    monkeypatch.setattr(throughput, "images_per_second", fast)
     assert main(["--cfg", str(recipe), "--throughput", "--batch-size", "2"]) == 0
-    said = capfd.readouterr().out
-    for word in ("inference", "training", "images/s", "float32", "batch 2", "GiB"):
-        assert word in said
+    output = capfd.readouterr().out
+    for expected in ("inference", "training", "images/s", "float32", "batch 2", "GiB"):
+        assert expected in output
     assert not (recipe.parent / "logs").exists()
 
 
-def test_mistakes_end_with_code_2_and_no_traceback(job, tmp_path: Path):
-    for words, expected in (
+def test_user_errors_end_with_code_2_without_traceback(job, tmp_path: Path):
+    for args, expected in (
         (["--eval"], "--resume FILE or --pretrained FILE"),
         (["--opts", "TRAIN.EPOCH", "3"], "TRAIN.EPOCHS"),
         (["--opts", "MODEL.NUM_CLASSES", "5"], "MODEL.NUM_CLASSES"),
@@ -383,15 +385,15 @@ def test_mistakes_end_with_code_2_and_no_traceback(job, tmp_path: Path):
         (["--data-path", str(tmp_path / "none")], "no folder"),
         (["--pretrained", "weights.pth", "--resume", "run.pth"], "one of --resume and --pretrained"),
     ):
-        code, said = job(*words)
-        assert code == 2 and expected in said and "Traceback" not in said, (words, said)
+        code, output = job(*args)
+        assert code == 2 and expected in output and "Traceback" not in output, (args, output)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("amp_dtype", ["auto", "bfloat16", "float16", "float32"])
 def test_main_job_on_a_gpu(job, recipe: Path, amp_dtype: str):
-    words = ["--tag", amp_dtype, "--opts", "AMP_ENABLE", "True", "AMP_DTYPE", amp_dtype, "TRAIN.EPOCHS", "20"]
-    code, said = job(*words)
-    assert code == 0 and "cuda" in (run_folder(recipe, amp_dtype) / "starts.jsonl").read_text()
-    assert checkpoint(recipe, amp_dtype)["state"]["best_metric"] > 90, said
+    args = ["--tag", amp_dtype, "--opts", "AMP_ENABLE", "True", "AMP_DTYPE", amp_dtype, "TRAIN.EPOCHS", "20"]
+    code, output = job(*args)
+    assert code == 0 and "cuda" in (run_dir(recipe, amp_dtype) / "starts.jsonl").read_text()
+    assert checkpoint(recipe, amp_dtype)["state"]["best_metric"] > 90, output

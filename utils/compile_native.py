@@ -55,7 +55,7 @@ class NativeLibrary:
         """
         loaded = _load(self)
         if isinstance(loaded, CannotBuild):
-            raise loaded
+            raise CannotBuild(str(loaded))  # not the kept one, which would keep its callers' frames and all they hold
         return loaded
 
     def _cached_path(self) -> Path:
@@ -89,7 +89,7 @@ def _load(library: NativeLibrary) -> ctypes.CDLL | CannotBuild:
     try:
         return ctypes.CDLL(str(library._cached_path()))
     except CannotBuild as error:
-        return error
+        return CannotBuild(str(error))  # without the traceback
     except OSError as error:
         return CannotBuild(f"the compiled library does not load: {error}")
 

@@ -1,1 +1,1 @@
-"""Faults, each with a harness that anyone can run: `python -m tests.faults --help`."""
+"""Harnesses that inject faults into real runs: `python -m tests.faults --help`."""

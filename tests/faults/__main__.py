@@ -1,10 +1,10 @@
-"""Harms real runs in every way that the machine, the network and the user can, and counts what becomes of them:
+"""Injects faults of the machine, the network and the user into real runs, and counts the outcomes:
 
     python -m tests.faults kill --count 200 --seed 1
     python -m tests.faults kill elastic preempt hang nonfinite lock memory corrupt disk torchrun hosts
 
-Prints for each harness the counts by kind, the seed, the minutes and each failure; ends with 1 if there was one.
-Without --count each does as many as the table in docs/RESUME.md says. Runs on the CPU, a thread for each process.
+Prints for each harness the counts by kind, the seed, the minutes and each failure. The exit code is 1 after a failure.
+Without --count each harness makes the number of trials in docs/reports/FAULTS.md. All runs are on the CPU.
 """
 
 import os
@@ -16,7 +16,7 @@ import argparse  # noqa: E402
 import importlib  # noqa: E402
 import sys  # noqa: E402
 
-# How many of what makes the figure in docs/RESUME.md, and in the short form of `make test`.
+# Trials for the figures in docs/reports/FAULTS.md, and for the short form in the tests.
 COUNTS = {
     "kill": (200, 3), "elastic": (10, 0), "corrupt": (500, 12), "disk": (50, 2), "preempt": (100, 2), "hang": (20, 1),
     "nonfinite": (20, 2), "lock": (100, 1), "memory": (10, 2), "torchrun": (6, 0), "hosts": (3, 0),
@@ -28,14 +28,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("harness", nargs="+", choices=list(COUNTS))
     parser.add_argument("--count", type=int, help="trials of each harness")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--short", action="store_true", help="a few trials of each: what `make test` does")
+    parser.add_argument("--short", action="store_true", help="a few trials of each, as the tests do")
     args = parser.parse_args(argv)
     failed = False
     for name in args.harness:
         count = COUNTS[name][args.short] if args.count is None else args.count
-        tally = importlib.import_module(f"tests.faults.{name}").run(count, args.seed)
-        print("\n".join(tally.lines()), flush=True)
-        failed |= bool(tally.failures)
+        report = importlib.import_module(f"tests.faults.{name}").run(count, args.seed)
+        print("\n".join(report.lines()), flush=True)
+        failed |= bool(report.failures)
     return int(failed)
 
 

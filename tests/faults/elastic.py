@@ -1,10 +1,10 @@
-"""Other numbers of processes, between two starts and in the middle of an epoch, with the same images an update.
+"""Changes of the world size between two starts and in the middle of an epoch, with the same global batch size.
 
-A trial is a run of 17 updates that is stopped or killed a few times and goes on with 1, 2 or 4 processes each time, by
-the same command: the accumulation steps follow. Every image that enters the network, augmented and mixed, is hashed
-with its place in the stream. All runs must have the same hash in every place, none left out and none with two; and
-weights, average and moments must agree with those of one process, to the tolerance below: sums are made in another
-order.
+A trial is a run of 17 steps that is stopped or killed a few times, and continues with 1, 2 or 4 processes each time by
+the same command; the gradient accumulation steps adapt. Every augmented and mixed image that enters the network is
+hashed with its position in the stream. All runs must have exactly one hash at every position, the same in all runs.
+Weights, their average and the optimizer's moments must agree with those of one process within the tolerance below,
+since sums are computed in another order.
 """
 
 import hashlib
@@ -18,53 +18,53 @@ import torch
 
 from engine import train_step
 from tests._report import Report
-from tests.faults.runs import Inject, Place, adopt_orphans, last
+from tests.faults.runs import Inject, Workspace, adopt_orphans, last
 
-MICRO, GLOBAL = 2, 8  # images of a micro-batch and of an update
-UPDATES = 17
-TOLERANCE = 1e-5  # of every number, absolute
+MICRO, GLOBAL = 2, 8  # images per micro-batch and per step
+STEPS = 17
+TOLERANCE = 1e-5  # absolute, for every number
 
 
 def run(count: int, seed: int) -> Report:
-    """Whole runs of 1, 2 and 4 processes, 2 → 1 → 2, and `count` runs with random numbers of them."""
-    tally, largest = Report("elastic", seed), 0.0
+    """Tests runs with 1, 2 and 4 processes, with 2 → 1 → 2, and `count` runs with random changes."""
+    report, largest = Report("elastic", seed), 0.0
     adopt_orphans()
     with tempfile.TemporaryDirectory() as scratch:
-        place, steps = Place(Path(scratch)), UPDATES // 3
+        workspace, steps = Workspace(Path(scratch)), STEPS // 3
         plans = {"1": [(1, 0)], "2": [(2, 0)], "4": [(4, 0)], "2 → 1 → 2": [(2, steps), (1, steps), (2, 0)]}
         for trial in range(count):
-            draws = random.Random(f"{seed}/{trial}")
-            parts = [(draws.choice((1, 2, 4)), draws.randint(1, 5)) for _ in range(draws.choice((2, 3)))]
+            rng = random.Random(f"{seed}/{trial}")
+            parts = [(rng.choice((1, 2, 4)), rng.randint(1, 5)) for _ in range(rng.choice((2, 3)))]
             plans[f"random {trial}: {' → '.join(str(processes) for processes, _ in parts)} → …"] = [*parts, (2, 0)]
-        through: dict[int, set[str]] = {}
+        reference: dict[int, set[str]] = {}
         for number, (name, plan) in enumerate(plans.items()):
-            draws = random.Random(f"{seed}/{name}")
+            rng = random.Random(f"{seed}/{name}")
             try:
-                stream = _run(place, f"run{number}", plan, draws)
+                stream = _run(workspace, f"run{number}", plan, rng)
             except RuntimeError as error:
-                tally.add("runs", False, f"{name}: {error}")
+                report.add("runs", False, f"{name}: {error}")
                 continue
-            through = through or stream
-            wrong, deviation = _compare(place, f"run{number}", stream, through)
+            reference = reference or stream
+            problem, deviation = _compare(workspace, f"run{number}", stream, reference)
             largest = max(largest, deviation)
-            tally.add("whole runs" if len(plan) == 1 else "runs with changes", not wrong, f"{name}: {wrong}")
-    tally.note(f"largest deviation of a number from one process: {largest:.1e} (tolerance {TOLERANCE})")
-    return tally
+            report.add("whole runs" if len(plan) == 1 else "runs with changes", not problem, f"{name}: {problem}")
+    report.note(f"largest deviation of a number from one process: {largest:.1e} (tolerance {TOLERANCE})")
+    return report
 
 
-def _run(place: Place, tag: str, plan: list[tuple[int, int]], draws: random.Random) -> dict[int, set[str]]:
-    """Runs `plan`, (processes, updates until stopped; 0 = to the end) for each start → hashes by place."""
-    notes = place.root / f"{tag}.notes"
+def _run(workspace: Workspace, tag: str, plan: list[tuple[int, int]], rng: random.Random) -> dict[int, set[str]]:
+    """Runs `plan`: (processes, steps until it is stopped; 0 = to the end) per start. Returns hashes by position."""
+    notes = workspace.root / f"{tag}.notes"
     notes.mkdir()
     grad_accum_steps = GLOBAL // MICRO // plan[0][0]
-    for number, (processes, updates) in enumerate(plan):
-        inject = _noting(notes, number, updates, draws.choice((signal.SIGTERM, signal.SIGKILL)))
-        opts = ["DATA.NUM_WORKERS", draws.choice((0, 0, 2)), "SAVE_STEPS", 1, "SAVE_KEEP", 0]
-        words = ("--accumulation-steps", grad_accum_steps)
-        start = place.start(tag, *opts, words=words, processes=processes, batch=MICRO, inject=inject)
+    for number, (processes, steps) in enumerate(plan):
+        inject = _record_images(notes, number, steps, rng.choice((signal.SIGTERM, signal.SIGKILL)))
+        opts = ["DATA.NUM_WORKERS", rng.choice((0, 0, 2)), "SAVE_STEPS", 1, "SAVE_KEEP", 0]
+        args = ("--accumulation-steps", grad_accum_steps)
+        start = workspace.start(tag, *opts, args=args, processes=processes, batch=MICRO, inject=inject)
         codes = start.wait()
-        if any(codes) and not (updates and set(codes) == {-signal.SIGKILL}):
-            raise RuntimeError(f"start {number} of {plan}: codes {codes}:\n{start.said[-3000:]}")
+        if any(codes) and not (steps and set(codes) == {-signal.SIGKILL}):
+            raise RuntimeError(f"start {number} of {plan}: codes {codes}:\n{start.output[-3000:]}")
     stream: dict[int, set[str]] = {}
     for path in notes.iterdir():
         for line in path.read_text().splitlines():
@@ -74,13 +74,13 @@ def _run(place: Place, tag: str, plan: list[tuple[int, int]], draws: random.Rand
     return stream
 
 
-def _compare(place: Place, tag: str, stream: dict, through: dict) -> tuple[str, float]:
-    if sorted(stream) != list(range(UPDATES * GLOBAL)):
-        return f"{len(stream)} places of the stream instead of {UPDATES * GLOBAL}", 0.0
-    other = [place for place, digests in stream.items() if digests != through[place] or len(digests) != 1]
-    if other:
-        return f"other images in {len(other)} places, first {min(other)}", 0.0
-    one, reference = last(place, tag), last(place, "run0")
+def _compare(workspace: Workspace, tag: str, stream: dict, reference: dict) -> tuple[str, float]:
+    if sorted(stream) != list(range(STEPS * GLOBAL)):
+        return f"{len(stream)} positions of the stream instead of {STEPS * GLOBAL}", 0.0
+    different = [position for position, found in stream.items() if found != reference[position] or len(found) != 1]
+    if different:
+        return f"other images at {len(different)} positions of the stream, first {min(different)}", 0.0
+    one, reference = last(workspace, tag), last(workspace, "run0")
     largest = 0.0
     for name, (a, b) in _pairs(one, reference):
         largest = max(largest, (a - b).abs().max().item())
@@ -97,13 +97,13 @@ def _pairs(one: dict, other: dict):
             yield f"optimizer.{number}.{name}", (value, other["optimizer"]["state"][number][name])
 
 
-def _noting(notes: Path, number: int, updates: int, ending: int) -> Inject:
-    """Notes the hashes of what goes into the network; ends the run with a signal after `updates` updates."""
+def _record_images(notes: Path, number: int, steps: int, ending: int) -> Inject:
+    """Records hashes of the inputs of the network; ends the run with a signal after `steps` steps."""
 
     def inject(rank: int) -> None:
-        update, path, seen = train_step._update, notes / f"{number}.{rank}", []
+        step, path, seen = train_step.train_step, notes / f"{number}.{rank}", []
 
-        def noted(batches, file):
+        def recorded(batches, file):
             for batch in batches:
                 hashes = [hashlib.sha256(x.numpy().tobytes()) for x in batch["image"]]
                 for digest, target in zip(hashes, batch["target"], strict=True):
@@ -111,15 +111,15 @@ def _noting(notes: Path, number: int, updates: int, ending: int) -> Inject:
                 print(batch["position"], *(digest.hexdigest() for digest in hashes), file=file, flush=True)
                 yield batch
 
-        def noting_update(components, first, batches):
+        def recording_step(components, first, batches):
             with open(path, "a") as file:
-                both = noted((batch for each in ([first], batches) for batch in each), file)
-                found = update(components, next(both), both)
+                both = recorded((batch for each in ([first], batches) for batch in each), file)
+                result = step(components, next(both), both)
             seen.append(None)
-            if len(seen) == updates and rank == 0:
+            if len(seen) == steps and rank == 0:
                 os.kill(os.getpid(), ending) if ending == signal.SIGTERM else os.killpg(0, ending)
-            return found
+            return result
 
-        train_step._update = noting_update
+        train_step.train_step = recording_step
 
     return inject

@@ -1,13 +1,13 @@
-"""`kill -9` at any moment, again and again: the finished run must be the one that was never killed, bit by bit.
+"""`kill -9` at any moment, repeatedly: the finished run must be bitwise equal to an undisturbed one.
 
-A trial starts a run, kills all its processes at once, starts it with the same command, kills it again, and so on, one
-to four times, then lets it come to its end and compares all that it left: model, optimizer, average and counters in
-every checkpoint, the names of the checkpoints, the epochs and the updates in `metrics.jsonl`. The moments are
+A trial kills all processes of a run at once and starts it again with the same command, one to four times. Then it lets
+the run finish and compares the model, optimizer, average and counters in every checkpoint, the names of the
+checkpoints, and the epochs and steps in `metrics.jsonl`. The moments are
 
-- `save`: within the saving of a checkpoint: at a random byte of the file, before it is flushed, before and after it
-  gets its name, before each further name; the process kills its own group there, the writing thread among it;
-- `epoch`: around the end of an epoch: before, in and after its evaluation, before and after its record is written;
-- `moment`: any moment, by the clock of whoever watches; where that fell into a save is found out and counted.
+- `save`: while a checkpoint is saved: at a random byte of the file, before flushing, before and after renaming, before
+  each hard link. The process kills its own group there, including the thread that writes;
+- `epoch`: at the end of an epoch: before, in and after the evaluation, before and after its record is written;
+- `moment`: any moment, by the clock of the harness. Moments that fell into a save are counted separately.
 """
 
 import os
@@ -19,9 +19,9 @@ from collections import Counter
 from pathlib import Path
 
 import utils.tracking.metric_writer
-from engine import train_step
+from engine import evaluation
 from tests._report import Report
-from tests.faults.runs import BATCH, Inject, Place, adopt_orphans, difference_of_runs
+from tests.faults.runs import BATCH, Inject, Workspace, adopt_orphans, difference_of_runs
 from utils.checkpoint import digest
 from utils.files import TEMPORARY
 
@@ -30,113 +30,113 @@ EPOCH_MOMENTS = ("before evaluation", "in evaluation", "after evaluation", "befo
 
 
 def run(count: int, seed: int) -> Report:
-    """`count` runs, each killed at least once where the moments allow it."""
-    tally, moments = Report("kill -9", seed), Counter()
+    """Tests `count` runs, each killed at least once if it reaches the chosen moment."""
+    report, kills = Report("kill -9", seed), Counter()
     adopt_orphans()
     with tempfile.TemporaryDirectory() as scratch:
-        place, seconds = Place(Path(scratch)), {}
+        workspace, seconds = Workspace(Path(scratch)), {}
         for processes in (1, 2):
             began = time.monotonic()
-            finish(place, f"through{processes}", processes, random.Random(0), workers=0)
+            finish(workspace, f"through{processes}", processes, random.Random(0), workers=0)
             seconds[processes] = time.monotonic() - began
         for trial in range(count):
-            draws = random.Random(f"{seed}/{trial}")
-            processes, workers = draws.choice((1, 2)), draws.choice((0, 2))
-            what = f"{processes} process(es), {workers} workers"
+            rng = random.Random(f"{seed}/{trial}")
+            processes, workers = rng.choice((1, 2)), rng.choice((0, 2))
+            label = f"{processes} process(es), {workers} workers"
             try:
-                wrong = _trial(place, f"trial{trial}", processes, workers, draws, seconds[processes], moments)
+                problem = _run_trial(workspace, f"trial{trial}", processes, workers, rng, seconds[processes], kills)
             except RuntimeError as error:
-                wrong = str(error)
-            tally.add(what, not wrong, f"trial {trial}: {wrong}")
-    tally.note("kills by moment: " + ", ".join(f"{what} {number}" for what, number in sorted(moments.items())))
-    inside = sum(number for what, number in moments.items() if what.startswith("save"))
-    tally.note(f"kills inside a save: {inside} of {moments.total()}")
-    return tally
+                problem = str(error)
+            report.add(label, not problem, f"trial {trial}: {problem}")
+    report.note("kills by moment: " + ", ".join(f"{label} {number}" for label, number in sorted(kills.items())))
+    inside = sum(number for label, number in kills.items() if label.startswith("save"))
+    report.note(f"kills inside a save: {inside} of {kills.total()}")
+    return report
 
 
-def _trial(
-    place: Place, tag: str, processes: int, workers: int, draws: random.Random, seconds: float, moments: Counter
+def _run_trial(
+    workspace: Workspace, tag: str, processes: int, workers: int, rng: random.Random, seconds: float, kills: Counter
 ) -> str:
-    """What was wrong about the run in the end; "" for nothing."""
-    for _ in range(draws.choice((1, 2, 2, 3, 4))):
-        marker = place.root / f"{tag}.killed"
-        kind = draws.choice(("save", "save", "epoch", "moment", "moment"))
-        size = (place.checkpoints(f"through{processes}") / "last.pth").stat().st_size
+    """Returns the problem with the finished run, or ""."""
+    for _ in range(rng.choice((1, 2, 2, 3, 4))):
+        marker = workspace.root / f"{tag}.killed"
+        kind = rng.choice(("save", "save", "epoch", "moment", "moment"))
+        size = (workspace.checkpoints(f"through{processes}") / "last.pth").stat().st_size
         inject = None
         if kind == "save":
-            inject = in_a_save(draws.choice(STAGES), draws.randint(1, 5), draws.randint(1, size), marker)
+            inject = kill_in_save(rng.choice(STAGES), rng.randint(1, 5), rng.randint(1, size), marker)
         elif kind == "epoch":
-            inject = at_an_epoch(draws.choice(EPOCH_MOMENTS), draws.choice((1, 1, 2)), marker)
-        start = place.start(tag, *_opts(workers, draws), processes=processes, batch=BATCH // processes, inject=inject)
+            inject = kill_at_epoch_end(rng.choice(EPOCH_MOMENTS), rng.choice((1, 1, 2)), marker)
+        start = workspace.start(tag, *_opts(workers, rng), processes=processes, batch=BATCH // processes, inject=inject)
         if kind == "moment":
-            _wait(start, draws.uniform(0.05, 1.0) * seconds)
+            _wait_until(start, rng.uniform(0.05, 1.0) * seconds)
             ended = start.poll()
             start.kill()
             if not ended:
-                inside = any(place.checkpoints(tag).glob(f".*{TEMPORARY}"))
-                moments["save, by the clock" if inside else "any moment"] += 1
+                inside = any(workspace.checkpoints(tag).glob(f".*{TEMPORARY}"))
+                kills["save, by the clock" if inside else "any moment"] += 1
         else:
             codes = start.wait()
             if marker.exists():
-                moments[marker.read_text()] += 1
+                kills[marker.read_text()] += 1
                 marker.unlink()
             elif any(codes):
-                return f"codes {codes}:\n{start.said}"
-    finish(place, tag, processes, draws, workers)
-    return difference_of_runs(place, tag, f"through{processes}")
+                return f"codes {codes}:\n{start.output}"
+    finish(workspace, tag, processes, rng, workers)
+    return difference_of_runs(workspace, tag, f"through{processes}")
 
 
-def finish(place: Place, tag: str, processes: int, draws: random.Random, workers: int) -> None:
-    """Lets the run come to its end. Raises RuntimeError where it does not."""
-    start = place.start(tag, *_opts(workers, draws), processes=processes, batch=BATCH // processes)
+def finish(workspace: Workspace, tag: str, processes: int, rng: random.Random, workers: int) -> None:
+    """Lets the run finish. Raises RuntimeError if it fails."""
+    start = workspace.start(tag, *_opts(workers, rng), processes=processes, batch=BATCH // processes)
     if any(codes := start.wait()):
-        raise RuntimeError(f"the last start of {tag} ended with {codes}:\n{start.said[-3000:]}")
+        raise RuntimeError(f"the last start of {tag} ended with {codes}:\n{start.output[-3000:]}")
 
 
-def _opts(workers: int, draws: random.Random) -> list:
-    """How often a run saves and reports changes nothing that it computes: another number at each start."""
-    often = ["SAVE_STEPS", draws.choice((0, 1, 1, 2, 3, 5)), "PRINT_FREQ", draws.choice((1, 2, 5))]
+def _opts(workers: int, rng: random.Random) -> list:
+    """Draws how often a run saves and logs, anew at each start: this must not change its result."""
+    often = ["SAVE_STEPS", rng.choice((0, 1, 1, 2, 3, 5)), "PRINT_FREQ", rng.choice((1, 2, 5))]
     return [*often, "DATA.NUM_WORKERS", workers, "SAVE_KEEP", 0]
 
 
-def _wait(start, seconds: float) -> None:
+def _wait_until(start, seconds: float) -> None:
     until = start.began + seconds
     while time.monotonic() < until and not start.poll():
         time.sleep(0.002)
 
 
-class _Countdown:
-    """Kills this process group when a moment comes for the `number`-th time, leaving a note about it."""
+class _KillCountdown:
+    """Kills this process group when a moment is reached for the `number`-th time, and writes its name to `marker`."""
 
     def __init__(self, moment: str, number: int, marker: Path):
         self.moment = moment
         self.left = number
         self.marker = marker
 
-    def here(self, moment: str, what: str) -> None:
+    def reached(self, moment: str, label: str) -> None:
         if moment == self.moment:
             self.left -= 1
             if self.left == 0:
-                self.kill(what)
+                self.kill(label)
 
-    def kill(self, what: str) -> None:
-        self.marker.write_text(what)
+    def kill(self, label: str) -> None:
+        self.marker.write_text(label)
         os.killpg(0, signal.SIGKILL)
-        time.sleep(60)  # never over
+        time.sleep(60)  # until the signal arrives
 
 
-def in_a_save(stage: str, number: int, byte: int, marker: Path) -> Inject:
-    """Kills in the `number`-th save that comes to `stage`; where that is `byte`, at this byte of the file."""
+def kill_in_save(stage: str, number: int, byte: int, marker: Path) -> Inject:
+    """Kills in the `number`-th save that reaches `stage`; for the stage "byte", at byte `byte` of the file."""
 
     def inject(rank: int) -> None:
         if rank != 0:
             return
-        countdown = _Countdown(stage, number, marker)
-        countdown_of_saves = _Countdown("byte", number, marker)
+        countdown = _KillCountdown(stage, number, marker)
+        countdown_of_saves = _KillCountdown("byte", number, marker)
         save, fsync, replace, link = digest.save, os.fsync, os.replace, os.link
 
-        class Dying:
-            """A file that is the process's end when a number of bytes has been written."""
+        class KillingFile:
+            """A file that kills the process after `left` bytes have been written."""
 
             def __init__(self, file, left: int):
                 self.file, self.left = file, left
@@ -153,65 +153,65 @@ def in_a_save(stage: str, number: int, byte: int, marker: Path) -> Inject:
             def flush(self) -> None:
                 self.file.flush()
 
-        def dying_save(contents: dict, file) -> None:
+        def killing_save(contents: dict, file) -> None:
             countdown_of_saves.left -= stage == "byte"
             if stage == "byte" and countdown_of_saves.left == 0:
-                file = Dying(file, byte)
+                file = KillingFile(file, byte)
             save(contents, file)
 
-        def is_ours(path) -> bool:
+        def is_checkpoint(path) -> bool:
             return ".pth" in os.fspath(path)
 
-        def dying_fsync(handle: int) -> None:
-            if is_ours(os.readlink(f"/proc/self/fd/{handle}")):
-                countdown.here("flush", "save, before flushing")
+        def killing_fsync(handle: int) -> None:
+            if is_checkpoint(os.readlink(f"/proc/self/fd/{handle}")):
+                countdown.reached("flush", "save, before flushing")
             fsync(handle)
 
-        def dying_replace(source, target) -> None:
-            if is_ours(target):
-                countdown.here("name", "save, before renaming")
+        def killing_replace(source, target) -> None:
+            if is_checkpoint(target):
+                countdown.reached("name", "save, before renaming")
             replace(source, target)
-            if is_ours(target):
-                countdown.here("named", "save, after renaming")
+            if is_checkpoint(target):
+                countdown.reached("named", "save, after renaming")
                 if os.fspath(target).endswith("last.pth"):
-                    countdown.here("done", "save, after the last name")
+                    countdown.reached("done", "save, after the last name")
 
-        def dying_link(source, target) -> None:
-            countdown.here("further name", "save, before a further name")
+        def killing_link(source, target) -> None:
+            countdown.reached("further name", "save, before a further name")
             link(source, target)
 
-        digest.save, os.fsync, os.replace, os.link = dying_save, dying_fsync, dying_replace, dying_link
+        digest.save, os.fsync, os.replace, os.link = killing_save, killing_fsync, killing_replace, killing_link
 
     return inject
 
 
-def at_an_epoch(moment: str, number: int, marker: Path) -> Inject:
-    """Kills at the `number`-th end of an epoch that comes to `moment`."""
+def kill_at_epoch_end(moment: str, number: int, marker: Path) -> Inject:
+    """Kills at the `number`-th end of an epoch that reaches `moment`."""
 
     def inject(rank: int) -> None:
         if rank != 0:
             return
-        countdown = _Countdown(moment, number, marker)
-        evaluate, add = train_step.evaluate, utils.tracking.metric_writer.MetricWriter.add
+        countdown = _KillCountdown(moment, number, marker)
+        evaluate, add = evaluation.evaluate, utils.tracking.metric_writer.MetricWriter.add
 
-        def dying_batches(batches):
+        def killing_batches(batches):
             for batch in batches:
-                countdown.here("in evaluation", "epoch, in evaluation")
+                countdown.reached("in evaluation", "epoch, in evaluation")
                 yield batch
 
-        def dying_evaluate(components, task, batches):
-            countdown.here("before evaluation", "epoch, before evaluation")
-            found = evaluate(components, task, dying_batches(batches))
-            countdown.here("after evaluation", "epoch, after evaluation")
-            return found
+        def killing_evaluate(components, task, batches):
+            countdown.reached("before evaluation", "epoch, before evaluation")
+            metrics = evaluate(components, task, killing_batches(batches))
+            countdown.reached("after evaluation", "epoch, after evaluation")
+            return metrics
 
-        def dying_add(records, kind: str, *rest) -> None:
+        def killing_add(records, kind: str, *rest) -> None:
             if kind == "epoch":
-                countdown.here("before record", "epoch, before its record")
+                countdown.reached("before record", "epoch, before its record")
             add(records, kind, *rest)
             if kind == "epoch":
-                countdown.here("after record", "epoch, after its record")
+                countdown.reached("after record", "epoch, after its record")
 
-        train_step.evaluate, utils.tracking.metric_writer.MetricWriter.add = dying_evaluate, dying_add
+        evaluation.evaluate, utils.tracking.metric_writer.MetricWriter.add = killing_evaluate, killing_add
 
     return inject

@@ -1,7 +1,7 @@
-"""A loss or a gradient that is not finite, at one update, on one process of two.
+"""A loss or gradient that is not finite, at one step, on one rank of two.
 
-Every process must skip that update and no other, with all weights as they were; after as many in a row as
-TRAIN.MAX_BAD_STEPS says every one must end with code 3; and no checkpoint may hold a number that is not finite.
+Both ranks must skip that step and no other, and keep all weights. After TRAIN.MAX_BAD_STEPS skipped steps in a row both
+must end with code 3. No checkpoint may contain a number that is not finite.
 """
 
 import hashlib
@@ -14,97 +14,101 @@ import torch
 import tasks.classification
 from engine import train_step
 from tests._report import Report
-from tests.faults.runs import BATCH, Inject, Place, adopt_orphans
+from tests.faults.runs import BATCH, Inject, Workspace, adopt_orphans
 from utils.checkpoint.io import not_finite, read_checkpoint
 
-UPDATES, LIMIT = 17, 3
+STEPS, LIMIT = 17, 3
 
 
 def run(count: int, seed: int) -> Report:
-    """`count` runs of two processes; in every third the fault stays until the run is stopped."""
-    tally = Report("not finite", seed)
+    """Tests `count` runs of two processes; in every third the fault persists until the run stops."""
+    report = Report("not finite", seed)
     adopt_orphans()
     with tempfile.TemporaryDirectory() as scratch:
-        place = Place(Path(scratch))
+        workspace = Workspace(Path(scratch))
         for trial in range(count):
-            draws = random.Random(f"{seed}/{trial}")
-            what, grad_accum_steps, lasts = ("loss", "gradient")[trial % 2], draws.choice((1, 2)), trial % 3 == 2
-            wrong = _trial(place, f"trial{trial}", what, grad_accum_steps, lasts, draws)
-            tally.add(f"{what}, {'until it is stopped' if lasts else 'once'}", not wrong, f"trial {trial}: {wrong}")
-    return tally
+            rng = random.Random(f"{seed}/{trial}")
+            kind, grad_accum_steps, persistent = ("loss", "gradient")[trial % 2], rng.choice((1, 2)), trial % 3 == 2
+            problem = _run_trial(workspace, f"trial{trial}", kind, grad_accum_steps, persistent, rng)
+            report.add(
+                f"{kind}, {'until it is stopped' if persistent else 'once'}", not problem, f"trial {trial}: {problem}"
+            )
+    return report
 
 
-def _trial(place: Place, tag: str, what: str, grad_accum_steps: int, lasts: bool, draws: random.Random) -> str:
-    first, victim = draws.randrange(1, UPDATES - LIMIT), draws.randrange(2)
-    value = draws.choice((float("nan"), float("inf"), float("-inf")))
-    bad = range(first, UPDATES if lasts else first + 1)
-    micro = draws.randrange(grad_accum_steps)
-    notes = place.root / f"{tag}.notes"
+def _run_trial(
+    workspace: Workspace, tag: str, kind: str, grad_accum_steps: int, persistent: bool, rng: random.Random
+) -> str:
+    first, victim = rng.randrange(1, STEPS - LIMIT), rng.randrange(2)
+    value = rng.choice((float("nan"), float("inf"), float("-inf")))
+    bad_steps = range(first, STEPS if persistent else first + 1)
+    micro_step = rng.randrange(grad_accum_steps)
+    notes = workspace.root / f"{tag}.notes"
     notes.mkdir()
     opts = ["SAVE_STEPS", 1, "SAVE_KEEP", 0, "PRINT_FREQ", 1, "TRAIN.MAX_BAD_STEPS", LIMIT]
-    words = ("--accumulation-steps", grad_accum_steps)
-    inject = _spoiling(what, bad, micro, grad_accum_steps, victim, value, notes)
-    start = place.start(tag, *opts, words=words, processes=2, batch=BATCH // 2 // grad_accum_steps, inject=inject)
+    args = ("--accumulation-steps", grad_accum_steps)
+    inject = _inject_nonfinite(kind, bad_steps, micro_step, grad_accum_steps, victim, value, notes)
+    start = workspace.start(tag, *opts, args=args, processes=2, batch=BATCH // 2 // grad_accum_steps, inject=inject)
     codes = start.wait()
-    if codes != ([3, 3] if lasts else [0, 0]):
-        return f"codes {codes}:\n{start.said[-3000:]}"
+    if codes != ([3, 3] if persistent else [0, 0]):
+        return f"codes {codes}:\n{start.output[-3000:]}"
     weights = [(notes / f"{rank}").read_text().split() for rank in range(2)]
     if weights[0] != weights[1]:
-        return "the processes have other weights"
+        return "the ranks have different weights"
     skipped = [u for u, (a, b) in enumerate(zip(weights[0], weights[0][1:], strict=False)) if a == b]
-    expected = [u for u in bad if u < len(weights[0]) - 1]
-    if skipped != expected or lasts and len(expected) != LIMIT:
-        return f"updates {skipped} were skipped, not {expected}"
-    for path in place.checkpoints(tag).iterdir():
+    expected = [u for u in bad_steps if u < len(weights[0]) - 1]
+    if skipped != expected or persistent and len(expected) != LIMIT:
+        return f"steps {skipped} were skipped, not {expected}"
+    for path in workspace.checkpoints(tag).iterdir():
         if broken := not_finite(read_checkpoint(str(path))):
             return f"{path.name}: {broken} is not finite"
-    counted = read_checkpoint(str(place.checkpoints(tag) / "last.pth"))["state"]["skipped"]
-    return "" if lasts or counted == 1 else f"{counted} skipped updates were counted"
+    counted = read_checkpoint(str(workspace.checkpoints(tag) / "last.pth"))["state"]["skipped"]
+    return "" if persistent or counted == 1 else f"{counted} skipped steps were counted"
 
 
-def _spoiling(
-    what: str, bad: range, micro: int, grad_accum_steps: int, victim: int, value: float, notes: Path
+def _inject_nonfinite(
+    kind: str, bad_steps: range, micro_step: int, grad_accum_steps: int, victim: int, value: float, notes: Path
 ) -> Inject:
-    """Spoils micro-batch `micro` of the updates `bad` on the rank `victim`; each notes its weights after each one."""
+    """Makes micro-batch `micro_step` of `bad_steps` non-finite on the rank `victim`. All ranks record their weights."""
 
     def inject(rank: int) -> None:
-        forward, update = tasks.classification.Classification.forward, train_step._update
+        forward, step = tasks.classification.Classification.forward, train_step.train_step
         passes = {"forward": 0}
 
-        def spoiled(self, batch: dict) -> dict:
-            found = forward(self, batch)
+        def forward_with_fault(self, batch: dict) -> dict:
+            losses = forward(self, batch)
             if not self.training:
-                return found
-            number, place = divmod(passes["forward"], grad_accum_steps)
+                return losses
+            number, micro = divmod(passes["forward"], grad_accum_steps)
             passes["forward"] += 1
-            if rank == victim and number in bad and place == micro:
-                if what == "loss":
-                    return found | {"loss": found["loss"] * value}
+            if rank == victim and number in bad_steps and micro == micro_step:
+                if kind == "loss":
+                    return losses | {"loss": losses["loss"] * value}
                 parameter = next(self.model.parameters())
-                return found | {"loss": found["loss"] + _SpoiledGradient.apply(parameter.sum(), value)}
-            return found
+                return losses | {"loss": losses["loss"] + _NonfiniteGradient.apply(parameter.sum(), value)}
+            return losses
 
-        def noting(components, *args):
+        def recording_step(components, *args):
             if passes["forward"] == 0:
-                _note(components)
-            found = update(components, *args)
-            _note(components)
-            return found
+                _record_weights(components)
+            result = step(components, *args)
+            _record_weights(components)
+            return result
 
-        def _note(components) -> None:
+        def _record_weights(components) -> None:
             digest = hashlib.sha256()
             for parameter in components.module_without_ddp.parameters():
                 digest.update(parameter.detach().numpy().tobytes())
             with open(notes / f"{rank}", "a") as file:
                 file.write(digest.hexdigest() + "\n")
 
-        tasks.classification.Classification.forward, train_step._update = spoiled, noting
+        tasks.classification.Classification.forward, train_step.train_step = forward_with_fault, recording_step
 
     return inject
 
 
-class _SpoiledGradient(torch.autograd.Function):
-    """0, whose gradient is not finite: the loss shows nothing."""
+class _NonfiniteGradient(torch.autograd.Function):
+    """Returns 0, with a gradient that is not finite, so that the loss stays finite."""
 
     @staticmethod
     def forward(context, x: torch.Tensor, value: float) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Runs of main.py to be harmed: real processes, forked from one that has imported everything, so that a start takes a
-fraction of a second; and the comparison of what they leave.
+"""Starts runs of main.py for the harnesses, and compares their results.
 
-A run's processes, and the workers that they fork, are one process group: `kill -9` hits them all in the same moment.
+The ranks are forked from a process that has imported everything, so a start takes a fraction of a second. All ranks of
+a run and their loader workers form one process group, so that `kill -9` reaches all of them at once.
 """
 
 import ctypes
@@ -25,8 +25,8 @@ from tests._forked import load_native_parts
 from tests._tiny import write_images, write_recipe
 from utils.checkpoint.io import read_checkpoint
 
-PATIENCE = 300.0  # seconds for one start; a run takes two, on a machine that does nothing else
-TRAIN, VAL, BATCH = 44, 10, 8  # an epoch is five and a half updates, which reach over its end
+TIMEOUT_SECONDS = 300.0  # for one start; an undisturbed run takes two seconds on an idle machine
+TRAIN, VAL, BATCH = 44, 10, 8  # an epoch is 5.5 steps, so one step spans two epochs
 Inject = Callable[[int], None]  # called with the rank, in its process, before main
 
 
@@ -34,7 +34,7 @@ class Start:
     """One start of a run: the processes of all its ranks."""
 
     def __init__(self, argv: list, processes: int, log: Path, inject: Inject | None = None, agent: bool = False):
-        """`agent`: another process keeps the list of processes, as torchrun does, instead of rank 0."""
+        """`agent`: a separate process hosts the rendezvous store, as torchrun does, instead of rank 0."""
         self.argv = [str(word) for word in argv]
         self.log = log
         self.began = time.monotonic()
@@ -57,11 +57,11 @@ class Start:
         return self.pids[0]
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace")
 
     def poll(self) -> bool:
-        """Whether all ranks have ended."""
+        """Returns whether all ranks have ended."""
         for pid in self.pids:
             if pid not in self.codes:
                 found, status = os.waitpid(pid, os.WNOHANG)
@@ -70,8 +70,8 @@ class Start:
                     self.ended[pid] = time.monotonic() - self.began
         return len(self.codes) == len(self.pids)
 
-    def wait(self, seconds: float = PATIENCE) -> list[int | None]:
-        """The exit codes by rank, once all have ended; None for those that have not by then, which are killed."""
+    def wait(self, seconds: float = TIMEOUT_SECONDS) -> list[int | None]:
+        """Returns the exit codes by rank once all have ended. Ranks still running after `seconds` are killed: None."""
         until = time.monotonic() + seconds
         while not self.poll() and time.monotonic() < until:
             time.sleep(0.005)
@@ -80,11 +80,11 @@ class Start:
         return codes
 
     def kill(self) -> None:
-        """`kill -9` to everything that belongs to this start; returns when all of it is gone."""
+        """Kills all processes of this start with `kill -9`, and returns when they are gone."""
         try:
             os.killpg(self.group, signal.SIGKILL)
         except ProcessLookupError:
-            pass  # none is left but perhaps the dead
+            pass  # all have ended
         if self._agent:
             os.kill(self._agent, signal.SIGKILL)
             os.waitpid(self._agent, 0)
@@ -98,18 +98,18 @@ class Start:
             self.ended.setdefault(pid, time.monotonic() - self.began)
 
     def _be_rank(self, rank: int, processes: int, port: int, inject: Inject | None, agent: bool) -> None:
-        """The child: never returns."""
+        """Runs rank `rank` in the child; never returns."""
         code = 1
         try:
             os.setpgid(0, self.group if self.pids else 0)
             output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            os.environ.update({name: str(value) for name, value in place.items()})
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            os.environ.update({name: str(value) for name, value in ranks.items()})
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE=str(agent))
             random.seed()
-            utils.tracking.run_dir.git_commit = lambda: None  # asks git, and nothing depends on the answer
+            utils.tracking.run_dir.git_commit = lambda: None  # saves starting git
             if inject is not None:
                 inject(rank)
             code = main.main(self.argv)
@@ -123,7 +123,7 @@ class Start:
 
 
 def _fork_agent(port: int) -> int:
-    """A process that does nothing but keep the store over which processes find each other."""
+    """Forks a process that only hosts the rendezvous store."""
     pid = os.fork()
     if pid:
         return pid
@@ -134,7 +134,7 @@ def _fork_agent(port: int) -> int:
 
 
 def adopt_orphans() -> None:
-    """Workers whose parent was killed become children of this process, which can then wait for their end."""
+    """Makes this process the parent of workers whose parent was killed, so that it can wait for their end."""
     PR_SET_CHILD_SUBREAPER = 36
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -145,18 +145,18 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-class Place:
-    """A folder with the images, the recipe and all runs of a harness."""
+class Workspace:
+    """The folder with the images, the recipe and all runs of a harness."""
 
     def __init__(self, root: Path, train: int = TRAIN, val: int = VAL):
         self.root = root
         self.recipe = write_recipe(root)
         self.images = write_images(root / "images", train, val)
 
-    def argv(self, tag: str, *opts: object, batch: int = BATCH, words: tuple = ()) -> list:
-        """The command line of the run `tag`; `batch` images for each process and micro-batch."""
+    def argv(self, tag: str, *opts: object, batch: int = BATCH, args: tuple = ()) -> list:
+        """Returns the command line of the run `tag`, with `batch` images per micro-batch."""
         where = ["--data-path", self.images, "--output", self.root / "logs", "--tag", tag, "--batch-size", batch]
-        return ["--cfg", self.recipe, *where, *words, *(["--opts", *opts] if opts else [])]
+        return ["--cfg", self.recipe, *where, *args, *(["--opts", *opts] if opts else [])]
 
     def folder(self, tag: str) -> Path:
         return self.root / "logs" / "tiny" / tag
@@ -167,22 +167,22 @@ class Place:
     def start(
         self, tag: str, *opts: object, processes: int = 1, inject: Inject | None = None, agent: bool = False, **more
     ) -> Start:
-        """`opts`: KEY VALUE …; `more`: what else `argv` takes. What the run says is added to `<tag>.log`."""
+        """Starts the run; the output is appended to `<tag>.log`. `opts`: KEY VALUE …; `more`: arguments of `argv`."""
         return Start(self.argv(tag, *opts, **more), processes, self.root / f"{tag}.log", inject, agent)
 
 
-def last(place: Place, tag: str) -> dict:
-    return read_checkpoint(str(place.checkpoints(tag) / "last.pth"))
+def last(workspace: Workspace, tag: str) -> dict:
+    return read_checkpoint(str(workspace.checkpoints(tag) / "last.pth"))
 
 
 def difference(one: object, other: object, where: str = "") -> str:
-    """Where the two differ in a single bit, all the way down; "" for nowhere."""
+    """Returns where two nested structures first differ in any bit, or ""."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        alike = one.dtype == other.dtype and one.shape == other.shape
-        return "" if alike and torch.equal(_bytes_of(one), _bytes_of(other)) else where
+        same_kind = one.dtype == other.dtype and one.shape == other.shape
+        return "" if same_kind and torch.equal(_as_bytes(one), _as_bytes(other)) else where
     if isinstance(one, dict) and isinstance(other, dict):
         if one.keys() != other.keys():
-            return f"{where}: other entries"
+            return f"{where}: different keys"
         return next(filter(None, (difference(one[key], other[key], f"{where}.{key}") for key in one)), "")
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         if len(one) != len(other):
@@ -192,7 +192,7 @@ def difference(one: object, other: object, where: str = "") -> str:
     return "" if type(one) is type(other) and one == other else f"{where}: {one!r} and {other!r}"
 
 
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -201,9 +201,9 @@ def records(folder: Path, kind: str) -> list[dict]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def difference_of_runs(place: Place, tag: str, reference: str) -> str:
-    """What the finished run `tag` has otherwise than `reference`, beside its name and how often it was started."""
-    one, other = place.checkpoints(tag), place.checkpoints(reference)
+def difference_of_runs(workspace: Workspace, tag: str, reference: str) -> str:
+    """Returns the first difference between two finished runs other than their names and numbers of starts, or ""."""
+    one, other = workspace.checkpoints(tag), workspace.checkpoints(reference)
     names = [sorted(path.name for path in folder.iterdir()) for folder in (one, other)]
     if names[0] != names[1]:
         return f"checkpoints {names[0]} and {names[1]}"
@@ -211,7 +211,9 @@ def difference_of_runs(place: Place, tag: str, reference: str) -> str:
         pair = [{**read_checkpoint(str(folder / name)), "config": ""} for folder in (one, other)]
         if found := difference(*pair):
             return f"{name}{found}"
-    if found := difference(records(place.folder(tag), "epoch"), records(place.folder(reference), "epoch"), "epochs"):
+    if found := difference(
+        records(workspace.folder(tag), "epoch"), records(workspace.folder(reference), "epoch"), "epochs"
+    ):
         return found
-    updates = [record["step"] for record in records(place.folder(tag), "train")]
-    return "" if updates == sorted(set(updates)) else f"updates in metrics.jsonl: {updates}"
+    steps = [record["step"] for record in records(workspace.folder(tag), "train")]
+    return "" if steps == sorted(set(steps)) else f"steps in metrics.jsonl: {steps}"

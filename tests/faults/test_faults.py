@@ -1,9 +1,10 @@
-"""The harnesses of tests/faults in their short form: a few trials of each fault; and the parts that they rest on."""
+"""A few trials of each fault harness, and unit tests of what the harnesses rely on."""
 
 import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,35 +20,35 @@ from utils.paths import REPO_ROOT
 SHORT = ["kill", "elastic", "preempt", "hang", "nonfinite", "lock", "memory"]
 
 
-def harnesses(*words: str) -> str:
+def run_harnesses(*args: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", *words], cwd=REPO_ROOT, capture_output=True, text=True, timeout=3000
+        [sys.executable, "-m", "tests.faults", *args], cwd=REPO_ROOT, capture_output=True, text=True, timeout=3000
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-@pytest.mark.timeout(900)  # seconds on a machine of one's own: 40
-def test_every_fault_in_short():
-    """One process forks all runs of all harnesses, so that PyTorch is imported once."""
-    said = harnesses(*SHORT, "--short")
-    heads = re.findall(r"^(.+): (\d+) of (\d+) as they should be", said, re.MULTILINE)
-    assert len(heads) == len(SHORT) and all(good == count != "0" for _, good, count in heads), said
+@pytest.mark.timeout(900)  # takes 40 s on an idle machine
+def test_harnesses_in_short_form():
+    """Runs all harnesses in one process, which imports PyTorch once and forks all runs."""
+    output = run_harnesses(*SHORT, "--short")
+    heads = re.findall(r"^(.+): (\d+) of (\d+) passed", output, re.MULTILINE)
+    assert len(heads) == len(SHORT) and all(good == count != "0" for _, good, count in heads), output
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("words", [("kill", "--count", "40"), ("torchrun", "--count", "3"), ("hang", "--count", "10")])
-def test_more_of_the_slow_ones(words: tuple[str, ...]):
-    harnesses(*words)
+@pytest.mark.parametrize("args", [("kill", "--count", "40"), ("torchrun", "--count", "3"), ("hang", "--count", "10")])
+def test_harnesses_with_more_trials(args: tuple[str, ...]):
+    run_harnesses(*args)
 
 
 def contents(value: float, size: int = 3) -> dict:
     return {"model": {"w": torch.full((size,), value)}, "state": {"images_seen": int(value)}}
 
 
-def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path: Path):
-    """Training goes on in the same tensors while the thread writes."""
+def test_async_checkpointer_saves_the_values_at_the_call(tmp_path: Path):
+    """Training changes the same tensors while the thread writes."""
     saver = AsyncCheckpointer(CheckpointFolder(tmp_path, keep=0))
     now = contents(1.0, size=100_000)
     for number in range(2, 20):
@@ -60,7 +61,7 @@ def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path: Path):
         assert saved.eq(number - 1).all()
 
 
-def test_a_failed_write_is_said_training_goes_on_and_the_best_is_made_up_for(tmp_path: Path, caplog, monkeypatch):
+def test_async_checkpointer_retries_best_after_a_failed_write(tmp_path: Path, caplog, monkeypatch):
     folder = CheckpointFolder(tmp_path, keep=0)
     saver = AsyncCheckpointer(folder)
     saver.save(contents(1), best=True)
@@ -85,7 +86,7 @@ def test_a_failed_write_is_said_training_goes_on_and_the_best_is_made_up_for(tmp
     assert read_checkpoint(str(folder.best))["state"]["images_seen"] == 2
 
 
-def test_a_fault_of_the_program_in_the_writing_thread_is_not_swallowed(tmp_path: Path):
+def test_async_checkpointer_raises_bugs_of_its_thread(tmp_path: Path):
     saver = AsyncCheckpointer(CheckpointFolder(tmp_path, keep=0))
     saver.save({"model": threading.Lock()})  # cannot be pickled
     with pytest.raises(TypeError):
@@ -103,16 +104,16 @@ def test_a_fault_of_the_program_in_the_writing_thread_is_not_swallowed(tmp_path:
         (6, 2, 4, "start 3 or 6 of them"),
     ],
 )
-def test_how_the_global_batch_is_held(global_batch: int, batch_size: int, processes: int, expected: str):
-    said = suggest_batch_flags(global_batch, batch_size, processes)
-    assert expected in said
-    if found := re.search(r"(?:--batch-size (\d+) )?--accumulation-steps (\d+)", said):
+def test_suggest_batch_flags_keeps_the_global_batch_size(
+    global_batch: int, batch_size: int, processes: int, expected: str
+):
+    output = suggest_batch_flags(global_batch, batch_size, processes)
+    assert expected in output
+    if found := re.search(r"(?:--batch-size (\d+) )?--accumulation-steps (\d+)", output):
         assert int(found[1] or batch_size) * int(found[2]) * processes == global_batch
 
 
-def test_finding_the_place_in_an_epoch_of_imagenet_takes_no_second():
-    import time
-
+def test_stream_sampler_starts_within_a_second_in_an_imagenet_epoch():
     n, batch = 1_281_167, 128
     start = (7 * n + n // 2) // batch * batch
     began = time.process_time()

@@ -1,7 +1,6 @@
-"""Bad input, by the thousand: `python -m tests.fuzz images|configs|trees|checkpoints [--count N] [--seed S]`.
+"""Feeds bad input to main.py: `python -m tests.fuzz images|configs|trees|checkpoints [--count N] [--seed S]`.
 
-Prints how many cases came out as they should, by kind, the seed and the minutes; and each that did not. The exit code
-is 1 if there was any.
+Prints the number of passed cases by kind, the seed, the minutes, and each failure. The exit code is 1 after a failure.
 """
 
 import os
@@ -13,7 +12,7 @@ import argparse  # noqa: E402
 import importlib  # noqa: E402
 import sys  # noqa: E402
 
-# How many make the figure in docs/reports/FAULTS.md, and in the short form of `make test`.
+# Cases for the figures in docs/reports/FAULTS.md, and for the short form in the tests.
 COUNTS = {"images": (1000, 100), "configs": (300, 10), "trees": (100, 10), "checkpoints": (200, 12)}
 
 
@@ -22,20 +21,21 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(COUNTS)}; all if none is named")
     parser.add_argument("--count", type=int, help="cases of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--short", action="store_true", help="a few of each: what `make test` does")
+    parser.add_argument("--short", action="store_true", help="a few of each, as the tests do")
     args = parser.parse_args()
     if unknown := set(args.kinds) - set(COUNTS):
         parser.error(f"there is no {', '.join(unknown)}; choose from {', '.join(COUNTS)}")
 
-    import modes  # noqa: F401
-
-    import main  # noqa: F401  imported here, once, for all the children
+    import engine.evaluation  # noqa: F401  imported here once, for all children
+    import engine.throughput  # noqa: F401
+    import engine.trainer  # noqa: F401
+    import main  # noqa: F401
 
     failed = False
     for kind in args.kinds or COUNTS:
-        tally = importlib.import_module(f"tests.fuzz.{kind}").run(args.count or COUNTS[kind][args.short], args.seed)
-        print("\n".join(tally.lines()), flush=True)
-        failed |= bool(tally.failures)
+        report = importlib.import_module(f"tests.fuzz.{kind}").run(args.count or COUNTS[kind][args.short], args.seed)
+        print("\n".join(report.lines()), flush=True)
+        failed |= bool(report.failures)
     return int(failed)
 
 

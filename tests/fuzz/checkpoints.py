@@ -1,7 +1,7 @@
-"""Checkpoints: pickles that try to run something, files with sound checksums and unsound contents, hostile safetensors.
+"""Hostile checkpoints: pickles that run code, files with valid checksums and invalid contents, broken safetensors.
 
-Each is given to main.py: to evaluate, to start from, to continue from, or as the newest of a run's folder. Whatever is
-in it: nothing runs, and it is loaded or refused by name.
+main.py gets each of them to evaluate, to fine-tune, to resume, or as the newest in a run's folder. No code in the file
+may run, and the file must be loaded or refused by name.
 """
 
 import io
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tests._forked import forked
 from tests._report import Report
 from tests._tiny import run_main, write_images, write_recipe
-from tests.fuzz.oracle import run_briefly, wrong_about
+from tests.fuzz.oracle import find_problem, run_briefly
 from tests.fuzz.pickles import FAMILIES, LIES, WRAPPINGS, check_they_run, register_extension
 from tests.fuzz.sampling import sample_cases
 
@@ -57,47 +57,47 @@ def cases(draw) -> tuple[str, str, int]:
 
 
 def run(count: int, seed: int) -> Report:
-    """`count` files: a pickle of each family that can run something first, then drawn ones."""
-    tally = Report("checkpoints", seed)
+    """Tests `count` files: first a pickle of each family that can run code, then sampled ones."""
+    report = Report("checkpoints", seed)
     all_cases = [(family, USES[number % len(USES)], seed + number) for number, family in enumerate(FAMILIES)]
     random.Random(seed).shuffle(all_cases)
     all_cases = [*all_cases[:count], *sample_cases(cases(), max(1, count - len(all_cases)), seed)][:count]
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        words = ["--cfg", write_recipe(root), "--data-path", write_images(root / "images"), "--output", root / "logs"]
+        args = ["--cfg", write_recipe(root), "--data-path", write_images(root / "images"), "--output", root / "logs"]
         short = ["--opts", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0"]
-        made = forked(lambda: run_main([*words, *short]))
-        canary = forked(lambda: _in(root, check_they_run))
-        if made.code != 0 or canary.code != 0:
-            raise RuntimeError(made.said + canary.said)
+        outcome = forked(lambda: run_main([*args, *short]))
+        canary = forked(lambda: _in_folder(root, check_they_run))
+        if outcome.code != 0 or canary.code != 0:
+            raise RuntimeError(outcome.output + canary.output)
         run_folder = root / "logs" / "tiny" / "default"
-        sound = (run_folder / "checkpoints" / "last.pth").read_bytes()
+        valid = (run_folder / "checkpoints" / "last.pth").read_bytes()
         register_extension()
         for number, (family, use, case_seed) in enumerate(all_cases):
-            draws = random.Random(case_seed)
-            what, data, name = _pickle(family, draws) if family in FAMILIES else MAKERS[family](sound, draws)
+            rng = random.Random(case_seed)
+            case, data, name = _pickle(family, rng) if family in FAMILIES else MAKERS[family](valid, rng)
             family = "pickles" if family in FAMILIES else family
             folder = root / str(number)
             folder.mkdir()
-            outcome, file = _use(use, folder, run_folder, name, data, words, short)
-            wrong = wrong_about(outcome, [file, file.parent])
+            outcome, file = _run_with_file(use, folder, run_folder, name, data, args, short)
+            problem = find_problem(outcome, [file, file.parent])
             if (folder / "executed").exists():
-                wrong = "executed"
+                problem = "executed"
             elif family == "pickles" and outcome.code != 2:
-                wrong = wrong or f"it was taken: code {outcome.code}"
-            tally.add(f"{family}, code {outcome.code}", not wrong, f"case {number}, {what}, {use}: {wrong}")
+                problem = problem or f"it was accepted: code {outcome.code}"
+            report.add(f"{family}, code {outcome.code}", not problem, f"case {number}, {case}, {use}: {problem}")
             shutil.rmtree(folder)
-    return tally
+    return report
 
 
-def _in(folder: Path, call: Callable[[], None]) -> None:
+def _in_folder(folder: Path, call: Callable[[], None]) -> None:
     os.chdir(folder)
     call()
 
 
-def _use(use: str, folder: Path, run_folder: Path, name: str, data: bytes, words: list, short: list):
-    """Starts main.py with the file `data` as `use` says; returns the outcome and the file."""
-    words = [*words[:-1], folder]
+def _run_with_file(use: str, folder: Path, run_folder: Path, name: str, data: bytes, args: list, short: list):
+    """Starts main.py with the file `data` as `use` says. Returns the outcome and the file."""
+    args = [*args[:-1], folder]
     if use == "folder":
         copy = folder / "tiny" / "default"
         shutil.copytree(run_folder, copy)
@@ -105,65 +105,65 @@ def _use(use: str, folder: Path, run_folder: Path, name: str, data: bytes, words
         for other in file.parent.glob("*.pth"):
             other.unlink()
         file.write_bytes(data)
-        return run_briefly([*words, *short], folder), file
+        return run_briefly([*args, *short], folder), file
     file = folder / name
     file.write_bytes(data)
-    return run_briefly([*words, *use.split(), file, *short], folder), file
+    return run_briefly([*args, *use.split(), file, *short], folder), file
 
 
-# ---------------------------------------------------------------- what is in the files
+# ---------------------------------------------------------------- contents of the files
 
 
-def _pickles(sound: bytes, draws: random.Random) -> tuple[str, bytes, str]:
-    return _pickle(draws.choice(sorted(FAMILIES)), draws)
+def _pickles(valid: bytes, rng: random.Random) -> tuple[str, bytes, str]:
+    return _pickle(rng.choice(sorted(FAMILIES)), rng)
 
 
-def _pickle(family: str, draws: random.Random) -> tuple[str, bytes, str]:
-    wrapping = draws.choice(sorted(WRAPPINGS))
+def _pickle(family: str, rng: random.Random) -> tuple[str, bytes, str]:
+    wrapping = rng.choice(sorted(WRAPPINGS))
     return f"{family} in {wrapping}", WRAPPINGS[wrapping](FAMILIES[family]), "evil.pth"
 
 
-def _lies(sound: bytes, draws: random.Random) -> tuple[str, bytes, str]:
-    lie, wrapping = draws.choice(sorted(LIES)), draws.choice(sorted(WRAPPINGS))
+def _lies(valid: bytes, rng: random.Random) -> tuple[str, bytes, str]:
+    lie, wrapping = rng.choice(sorted(LIES)), rng.choice(sorted(WRAPPINGS))
     return f"{lie} in {wrapping}", WRAPPINGS[wrapping](LIES[lie]), "lies.pth"
 
 
-def _records(sound: bytes, draws: random.Random) -> tuple[str, bytes, str]:
-    """The records of a sound file changed, and packed again: every checksum is right."""
-    with zipfile.ZipFile(io.BytesIO(sound)) as archive:
+def _records(valid: bytes, rng: random.Random) -> tuple[str, bytes, str]:
+    """Changes the records of a valid file and packs them again, so that all checksums are right."""
+    with zipfile.ZipFile(io.BytesIO(valid)) as archive:
         records = {info.filename: bytearray(archive.read(info)) for info in archive.infolist()}
     pickled = next(name for name in records if name.endswith("data.pkl"))
-    what = draws.choice(
+    case = rng.choice(
         ["pickle", "pickle", "pickle", "missing", "empty", "byteorder", "version", "packed", "twice", "climbs"]
     )
     compression, extra = zipfile.ZIP_STORED, []
-    if what == "pickle":
-        for _ in range(draws.choice((1, 2, 5))):
-            place = draws.randrange(len(records[pickled]))
-            change = draws.choice(("flip", "any", "cut", "opcode"))
+    if case == "pickle":
+        for _ in range(rng.choice((1, 2, 5))):
+            place = rng.randrange(len(records[pickled]))
+            change = rng.choice(("flip", "any", "cut", "opcode"))
             if change == "flip":
-                records[pickled][place] ^= 1 << draws.randrange(8)
+                records[pickled][place] ^= 1 << rng.randrange(8)
             elif change == "any":
-                records[pickled][place] = draws.randrange(256)
+                records[pickled][place] = rng.randrange(256)
             elif change == "opcode":
-                records[pickled][place] = draws.choice(b"RbcoiQPtsau.2}])(NK\x81\x82\x92\x93")
+                records[pickled][place] = rng.choice(b"RbcoiQPtsau.2}])(NK\x81\x82\x92\x93")
             else:
-                del records[pickled][place : place + draws.randrange(1, 30)]
-    elif what == "missing":
-        del records[draws.choice(sorted(records))]
-    elif what == "empty":
-        records[draws.choice(sorted(records))] = bytearray()
-    elif what == "byteorder":
+                del records[pickled][place : place + rng.randrange(1, 30)]
+    elif case == "missing":
+        del records[rng.choice(sorted(records))]
+    elif case == "empty":
+        records[rng.choice(sorted(records))] = bytearray()
+    elif case == "byteorder":
         for name in records:
             if name.endswith("byteorder"):
-                records[name] = bytearray(draws.choice((b"big", b"", b"middle", b"\xff")))
-    elif what == "version":
+                records[name] = bytearray(rng.choice((b"big", b"", b"middle", b"\xff")))
+    elif case == "version":
         for name in records:
             if name.endswith("version"):
-                records[name] = bytearray(draws.choice((b"99\n", b"", b"x", b"-1", b"9" * 5000)))
-    elif what == "packed":
+                records[name] = bytearray(rng.choice((b"99\n", b"", b"x", b"-1", b"9" * 5000)))
+    elif case == "packed":
         compression = zipfile.ZIP_DEFLATED
-    elif what == "twice":
+    elif case == "twice":
         extra = [(pickled, WRAPPINGS["bare"](FAMILIES["GLOBAL, REDUCE"]))]
     else:
         extra = [("../../executed", b"x"), ("/executed", b"x"), ("archive/../../executed", b"x")]
@@ -171,45 +171,45 @@ def _records(sound: bytes, draws: random.Random) -> tuple[str, bytes, str]:
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name, content in [*records.items(), *extra]:
             archive.writestr(name, bytes(content))
-    return f"records: {what}", buffer.getvalue(), "records.pth"
+    return f"records: {case}", buffer.getvalue(), "records.pth"
 
 
-def _entries(sound: bytes, draws: random.Random) -> tuple[str, bytes, str]:
-    """Entries of another kind, anywhere in the tree."""
-    contents = torch.load(io.BytesIO(sound), weights_only=True)
-    what = []
-    for _ in range(draws.choice((1, 1, 2))):
+def _entries(valid: bytes, rng: random.Random) -> tuple[str, bytes, str]:
+    """Replaces entries anywhere in the nested structure by values of other types."""
+    contents = torch.load(io.BytesIO(valid), weights_only=True)
+    case = []
+    for _ in range(rng.choice((1, 1, 2))):
         node, path = contents, []
         while True:
             keys = list(node) if isinstance(node, dict) else list(range(len(node)))
-            key = draws.choice(keys)
+            key = rng.choice(keys)
             path.append(str(key))
-            if isinstance(node[key], dict | list) and node[key] and draws.random() < 0.7:
+            if isinstance(node[key], dict | list) and node[key] and rng.random() < 0.7:
                 node = node[key]
                 continue
-            if isinstance(node, dict) and draws.random() < 0.3:
+            if isinstance(node, dict) and rng.random() < 0.3:
                 del node[key]
-                what.append(f"{'.'.join(path)} missing")
+                case.append(f"{'.'.join(path)} missing")
             else:
-                node[key] = draws.choice(ANOTHER)
-                what.append(f"{'.'.join(path)} = {node[key]!r}")
+                node[key] = rng.choice(ANOTHER)
+                case.append(f"{'.'.join(path)} = {node[key]!r}")
             break
         if not contents:
             break
-    if draws.random() < 0.1:
-        contents["config"] = draws.choice(
+    if rng.random() < 0.1:
+        contents["config"] = rng.choice(
             ("", "x", "a: [", "TRAIN: {EPOCHS: 9}", "!!python/name:os.system", "[" * 9999, "NEW: 1")
         )
-        what.append("config")
-    return "; ".join(what), _saved(contents), "entries.pth"
+        case.append("config")
+    return "; ".join(case), _saved(contents), "entries.pth"
 
 
-def _tensors(sound: bytes, draws: random.Random) -> tuple[str, bytes, str]:
-    contents = torch.load(io.BytesIO(sound), weights_only=True)
-    harm = draws.randrange(len(HOSTILE_TENSORS))
+def _tensors(valid: bytes, rng: random.Random) -> tuple[str, bytes, str]:
+    contents = torch.load(io.BytesIO(valid), weights_only=True)
+    harm = rng.randrange(len(HOSTILE_TENSORS))
     moments = contents["optimizer"]["state"]
-    place = draws.choice([contents["model"], contents["ema"], moments[draws.choice(list(moments))]])
-    name = draws.choice(list(place))
+    place = rng.choice([contents["model"], contents["ema"], moments[rng.choice(list(moments))]])
+    name = rng.choice(list(place))
     place[name] = HOSTILE_TENSORS[harm](place[name])
     return f"{name}: {harm}", _saved(contents), "tensors.pth"
 
@@ -220,7 +220,7 @@ def _saved(contents: dict) -> bytes:
     return buffer.getvalue()
 
 
-def _safetensors(sound: bytes, draws: random.Random) -> tuple[str, bytes, str]:
+def _safetensors(valid: bytes, rng: random.Random) -> tuple[str, bytes, str]:
     good = {"head.bias": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
     headers = {
         "shape too large": {"a": {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 8]}},
@@ -238,44 +238,44 @@ def _safetensors(sound: bytes, draws: random.Random) -> tuple[str, bytes, str]:
         "not finite": good,
         "deep": good,
     }
-    what = draws.choice([*headers, "length", "no JSON", "cut", "no text"])
-    header = json.dumps(headers.get(what, good)).encode()
-    if what == "deep":
+    case = rng.choice([*headers, "length", "no JSON", "cut", "no text"])
+    header = json.dumps(headers.get(case, good)).encode()
+    if case == "deep":
         header = b"[" * 100_000
-    elif what == "no JSON":
+    elif case == "no JSON":
         header = b"{'a': os.system}"
-    elif what == "no text":
+    elif case == "no text":
         header = b'{"\xff\xfe": 1}'
-    length = draws.choice((0, 1, 2**63, 2**64 - 1, 10**8 + 1, len(header) + 9)) if what == "length" else len(header)
-    data = struct.pack("<Q", length) + header + (b"\xff" * 8 if what == "not finite" else bytes(8))
-    return f"safetensors: {what}", data[: len(data) // 2] if what == "cut" else data, "weights.safetensors"
+    length = rng.choice((0, 1, 2**63, 2**64 - 1, 10**8 + 1, len(header) + 9)) if case == "length" else len(header)
+    data = struct.pack("<Q", length) + header + (b"\xff" * 8 if case == "not finite" else bytes(8))
+    return f"safetensors: {case}", data[: len(data) // 2] if case == "cut" else data, "weights.safetensors"
 
 
-def _files(sound: bytes, draws: random.Random) -> tuple[str, bytes, str]:
-    """Not a checkpoint at all, or part of one."""
+def _files(valid: bytes, rng: random.Random) -> tuple[str, bytes, str]:
+    """Makes files that are no checkpoint, or part of one."""
     choices = {
-        "cut": sound[: draws.randrange(len(sound))],
-        "noise": draws.randbytes(2000),
+        "cut": valid[: rng.randrange(len(valid))],
+        "noise": rng.randbytes(2000),
         "empty": b"",
         "text": b"weights\n",
         "html": b"<html>rate limit exceeded</html>",
         "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
         "zip of nothing": b"PK\x05\x06" + bytes(18),
-        "zeros": bytes(len(sound)),
+        "zeros": bytes(len(valid)),
         "script": b"#!/bin/sh\ntouch executed\n",
-        "twice": sound * 2,
-        "flipped": _flip(sound, draws),
-        "prefixed": b"x" * 10 + sound,
+        "twice": valid * 2,
+        "flipped": _flip(valid, rng),
+        "prefixed": b"x" * 10 + valid,
         "tar": WRAPPINGS["tar"](b"x"),
     }
-    what = draws.choice(sorted(choices))
-    return f"files: {what}", choices[what], draws.choice(("file.pth", "file.safetensors", "file.bin", "file"))
+    case = rng.choice(sorted(choices))
+    return f"files: {case}", choices[case], rng.choice(("file.pth", "file.safetensors", "file.bin", "file"))
 
 
-def _flip(data: bytes, draws: random.Random) -> bytes:
+def _flip(data: bytes, rng: random.Random) -> bytes:
     changed = bytearray(data)
-    for _ in range(draws.choice((1, 10, 200))):
-        changed[draws.randrange(len(data))] ^= 1 << draws.randrange(8)
+    for _ in range(rng.choice((1, 10, 200))):
+        changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     return bytes(changed)
 
 

@@ -1,6 +1,6 @@
-"""Configurations: values that are wrong, huge or contradict each other; files that are no YAML; mistyped command lines.
+"""Bad configurations: wrong, huge or contradictory values, files that are not YAML, and mistyped command lines.
 
-Each goes to main.py in a run of its own, which trains for some updates where nothing is refused.
+Each is given to main.py in a run of its own, which trains for some steps unless it is refused.
 """
 
 import tempfile
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from config import SCHEMA
 from tests._report import Report
 from tests._tiny import RECIPE, write_images
-from tests.fuzz.oracle import run_briefly, wrong_about
+from tests.fuzz.oracle import find_problem, run_briefly
 from tests.fuzz.sampling import sample_cases
 from utils.config.rules import CHOICES
 
@@ -41,7 +41,7 @@ PLAIN = {
     "PRINT_FREQ": 1,
 }
 
-# Not drawn: what would be fetched from a network.
+# BASE is tested by `texts`.
 _NAMES = st.sampled_from([*SCHEMA]).filter(lambda key: key != "BASE")
 _NUMBERS = st.one_of(
     st.integers(-3, 70),
@@ -50,7 +50,7 @@ _NUMBERS = st.one_of(
     st.floats(0, 1.5),
     st.sampled_from([1e308, 1e-320, -0.0, 0.5, 1.0]),
 )
-_WORDS = st.one_of(
+_TEXTS = st.one_of(
     st.text(max_size=12),
     st.sampled_from(
         [
@@ -81,15 +81,15 @@ _WORDS = st.one_of(
     st.sampled_from([choice for choices in CHOICES.values() for choice in choices]),
 )
 _VALUES = st.one_of(
-    _NUMBERS, _WORDS, st.booleans(), st.none(), st.lists(_NUMBERS, max_size=5), st.lists(_WORDS, max_size=3)
+    _NUMBERS, _TEXTS, st.booleans(), st.none(), st.lists(_NUMBERS, max_size=5), st.lists(_TEXTS, max_size=3)
 )
 
 
 @dataclass
 class Case:
-    """A command line beside --cfg, --data-path and --output; what to write to the recipe; what a message may name."""
+    """The text of the recipe, arguments beyond --cfg, --data-path and --output, and names that an error may mention."""
 
-    what: str
+    kind: str
     text: bytes
     argv: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -97,7 +97,7 @@ class Case:
 
 @st.composite
 def other_values(draw) -> Case:
-    """One to three keys with values of any kind."""
+    """Draws one to three keys with values of any type."""
     keys = draw(st.lists(_NAMES, min_size=1, max_size=3, unique=True))
     values = PLAIN | {key: draw(_VALUES) for key in keys}
     shown = [str(values[key]) for key in keys if isinstance(values[key], str | int)]  # a path is named by itself
@@ -108,7 +108,7 @@ def other_values(draw) -> Case:
 
 @st.composite
 def models(draw) -> Case:
-    """Architectures whose numbers are plausible alone."""
+    """Draws architectures whose numbers are plausible one by one."""
     kind = draw(st.sampled_from(["swin", "swinv2", "swin_mlp"]))
     section = f"MODEL.{kind.upper()}"
     few = st.lists(st.integers(0, 4), max_size=4)
@@ -136,7 +136,7 @@ def models(draw) -> Case:
 
 @st.composite
 def recipes(draw) -> Case:
-    """Schedules, augmentations, batches: numbers that are plausible alone."""
+    """Draws schedules, augmentations and batch sizes that are plausible one by one."""
     choices = {
         "TRAIN.EPOCHS": st.integers(0, 400),
         "TRAIN.WARMUP_EPOCHS": st.integers(0, 30),
@@ -200,25 +200,25 @@ def recipes(draw) -> Case:
 
 @st.composite
 def texts(draw) -> Case:
-    """Files that are no configuration, or only just."""
+    """Draws files that are not, or only just, a configuration."""
     plain = RECIPE.encode()
-    what = draw(st.sampled_from(["bytes", "spliced", "binary", "alias bomb", "nested", "tag", "long", "base", "keys"]))
-    if what == "spliced":
+    kind = draw(st.sampled_from(["bytes", "spliced", "binary", "alias bomb", "nested", "tag", "long", "base", "keys"]))
+    if kind == "spliced":
         place = draw(st.integers(0, len(plain)))
         text = plain[:place] + draw(st.binary(min_size=1, max_size=6)) + plain[place + draw(st.integers(0, 40)) :]
-    elif what == "bytes":
+    elif kind == "bytes":
         text = draw(st.text(alphabet="{}[]:,-#&*!|>'\"%@`? \n\tab1.", max_size=60)).encode()
-    elif what == "binary":
+    elif kind == "binary":
         text = draw(st.sampled_from([b"", b"\xff\xfe", b"PK\x03\x04", b"\x80\x02}", b"\xef\xbb\xbf"])) + draw(
             st.binary()
         )
-    elif what == "alias bomb":
+    elif kind == "alias bomb":
         rows = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(draw(st.integers(5, 40)))]
         text = "\n".join(rows).encode()
-    elif what == "nested":
+    elif kind == "nested":
         opening = draw(st.sampled_from(["[", "{a: ", "- ", "a:\n ", "? "]))
         text = b"TAG: " + opening.encode() * draw(st.integers(10, 20_000))
-    elif what == "tag":
+    elif kind == "tag":
         tag = draw(
             st.sampled_from(
                 [
@@ -235,9 +235,9 @@ def texts(draw) -> Case:
             )
         )
         text = f"TAG: {tag} {draw(st.sampled_from(['[touch executed]', '{}', 'x', ''' ''']))}".encode()
-    elif what == "long":
+    elif kind == "long":
         text = RECIPE.encode() + b"TAG: " + b"x" * draw(st.sampled_from([300, 5000, 3_000_000]))
-    elif what == "base":
+    elif kind == "base":
         base = draw(
             st.sampled_from(
                 [
@@ -281,12 +281,12 @@ def texts(draw) -> Case:
             )
         )
         text = yaml.safe_dump({key: draw(_VALUES)}).encode()
-    return Case(f"files: {what}", text, names=["tiny.yaml", "TAG"])
+    return Case(f"files: {kind}", text, names=["tiny.yaml", "TAG"])
 
 
 @st.composite
 def command_lines(draw) -> Case:
-    """Flags that are mistyped, incomplete or in the way of each other."""
+    """Draws flags that are mistyped, incomplete or contradictory."""
     flags = [
         "--batch-size",
         "--eval",
@@ -341,7 +341,7 @@ CASES = st.one_of(other_values(), other_values(), models(), models(), recipes(),
 
 
 def run(count: int, seed: int) -> Report:
-    tally = Report("configurations", seed)
+    report = Report("configurations", seed)
     cases = sample_cases(CASES, count, seed)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -349,10 +349,12 @@ def run(count: int, seed: int) -> Report:
 
         for case in cases:
             (root / "tiny.yaml").write_bytes(case.text)
-            where = ["--data-path", root / "images", "--output", root / f"logs{tally.count}"]
-            outcome = run_briefly(["--cfg", root / "tiny.yaml", *where, *case.argv], root)
-            wrong = wrong_about(outcome, [*case.names, root / "tiny.yaml"])
+            paths = ["--data-path", root / "images", "--output", root / f"logs{report.count}"]
+            outcome = run_briefly(["--cfg", root / "tiny.yaml", *paths, *case.argv], root)
+            problem = find_problem(outcome, [*case.names, root / "tiny.yaml"])
             if (root / "executed").exists():
-                wrong = "executed"
-            tally.add(f"{case.what}, code {outcome.code}", not wrong, f"{case.text[:700]!r} {case.argv} -> {wrong}")
-    return tally
+                problem = "executed"
+            report.add(
+                f"{case.kind}, code {outcome.code}", not problem, f"{case.text[:700]!r} {case.argv} -> {problem}"
+            )
+    return report

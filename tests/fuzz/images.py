@@ -1,7 +1,7 @@
-"""Images: damaged, cut short, lying about their size, of another kind than their name says.
+"""Bad images: damaged, truncated, with a wrong size in the header, or of another format than their name says.
 
-Each is decoded alone, in this process's child, and must become an RGB picture or a `BadImage` that names it. All of
-them are read once more by main.py, in folders of 50: every one is counted there, as evaluated or as left out by name.
+Each is decoded in a child of this process, and must become an RGB image or a `BadImage` that names it. main.py then
+evaluates folders of 50 of them: each must be evaluated or skipped by name.
 """
 
 import io
@@ -19,7 +19,7 @@ from data.codecs.pillow_decode import BadImage, decode
 from tests._forked import forked
 from tests._report import Report
 from tests._tiny import run_main, write_images, write_recipe
-from tests.fuzz.oracle import MEMORY, TIMEOUT, run_briefly, wrong_about
+from tests.fuzz.oracle import MEMORY, TIMEOUT, find_problem, run_briefly
 from tests.fuzz.sampling import sample_cases
 
 IN_ONE_FOLDER = 50
@@ -27,7 +27,7 @@ EXPANDED = 178_956_970  # pixels beyond which Pillow refuses
 
 
 def _encoded() -> dict[str, bytes]:
-    """A small sound image of each kind that is read here, and some that are not."""
+    """Returns a small valid image in each supported format, and in some others."""
     values = np.random.RandomState(0).randint(0, 256, (40, 36, 3), np.uint8)
     rgb = Image.fromarray(values)
     grey16 = Image.fromarray(values[..., 0].astype(np.uint16) * 257)
@@ -43,9 +43,9 @@ def _encoded() -> dict[str, bytes]:
         "ico": (rgb, "ICO", {}), "pcx": (rgb, "PCX", {}), "eps": (rgb, "EPS", {}), "tga": (rgb, "TGA", {}),
     }  # fmt: skip
     encoded = {}
-    for name, (picture, kind, options) in kinds.items():
+    for name, (image, kind, options) in kinds.items():
         buffer = io.BytesIO()
-        picture.save(buffer, kind, **options)
+        image.save(buffer, kind, **options)
         encoded[name] = buffer.getvalue()
     encoded["svg"] = b"<svg xmlns='http://www.w3.org/2000/svg'><script>x</script></svg>"
     encoded["html"] = b"<html>404 not found</html>"
@@ -54,104 +54,104 @@ def _encoded() -> dict[str, bytes]:
     return encoded
 
 
-SOUND = _encoded()
+VALID = _encoded()
 
 
 @st.composite
 def images(draw) -> tuple[str, bytes]:
-    """(what was done, the bytes)."""
-    name = draw(st.sampled_from(sorted(SOUND)))
-    data = SOUND[name]
-    what = draw(
+    """Draws (a description of the change, the bytes)."""
+    name = draw(st.sampled_from(sorted(VALID)))
+    data = VALID[name]
+    change = draw(
         st.sampled_from(["flip", "flip", "cut", "insert", "splice", "size", "zeros", "repeat", "tail", "noise"])
     )
-    draws = random.Random(draw(st.integers(0, 2**32)))
-    place = draws.randrange(len(data))
-    if what == "flip":
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    place = rng.randrange(len(data))
+    if change == "flip":
         changed = bytearray(data)
-        for _ in range(draws.choice((1, 2, 8, 64))):
-            changed[draws.randrange(min(len(data), draws.choice((40, 400, len(data)))))] ^= 1 << draws.randrange(8)
+        for _ in range(rng.choice((1, 2, 8, 64))):
+            changed[rng.randrange(min(len(data), rng.choice((40, 400, len(data)))))] ^= 1 << rng.randrange(8)
         data = bytes(changed)
-    elif what == "cut":
+    elif change == "cut":
         data = data[:place]
-    elif what == "insert":
-        data = data[:place] + draws.randbytes(draws.choice((1, 4, 100))) + data[place:]
-    elif what == "splice":
-        other = SOUND[draws.choice(sorted(SOUND))]
-        data = data[:place] + other[draws.randrange(len(other)) :]
-    elif what == "size":  # numbers in the head that say how large everything is
+    elif change == "insert":
+        data = data[:place] + rng.randbytes(rng.choice((1, 4, 100))) + data[place:]
+    elif change == "splice":
+        other = VALID[rng.choice(sorted(VALID))]
+        data = data[:place] + other[rng.randrange(len(other)) :]
+    elif change == "size":  # sizes in the header
         changed = bytearray(data)
-        start = draws.randrange(min(len(data), 200))
-        number = draws.choice((b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\0\1\0\0", b"\xff\xff", b"\0\0"))
+        start = rng.randrange(min(len(data), 200))
+        number = rng.choice((b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\0\1\0\0", b"\xff\xff", b"\0\0"))
         changed[start : start + len(number)] = number
         data = bytes(changed)
-    elif what == "zeros":
+    elif change == "zeros":
         data = data[:place] + bytes(len(data) - place)
-    elif what == "repeat":
-        data = data * draws.choice((2, 50))
-    elif what == "tail":
-        data = data + draws.randbytes(1000)
+    elif change == "repeat":
+        data = data * rng.choice((2, 50))
+    elif change == "tail":
+        data = data + rng.randbytes(1000)
     else:
-        data = data[: draws.randrange(20)] + draws.randbytes(len(data))
-    return f"{name}: {what}", data
+        data = data[: rng.randrange(20)] + rng.randbytes(len(data))
+    return f"{name}: {change}", data
 
 
 def run(count: int, seed: int) -> Report:
-    tally = Report("images", seed)
+    report = Report("images", seed)
     cases = sample_cases(images(), count, seed)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        words = _a_trained_model(root)
+        args = _train_model(root)
         for start in range(0, count, IN_ONE_FOLDER):
-            _look_at(cases[start : start + IN_ONE_FOLDER], root, words, tally)
-    return tally
+            _check(cases[start : start + IN_ONE_FOLDER], root, args, report)
+    return report
 
 
-def _look_at(cases: list[tuple[str, bytes]], root: Path, words: list, tally: Report) -> None:
-    alone = forked(lambda: _decode_all(cases), TIMEOUT, MEMORY)
-    wrong = dict(re.findall(r"WRONG (\d+) (.*)", alone.said))
-    together = _wrong_together(cases, root / f"data{tally.count}", words)
-    if alone.code != 0 or alone.executed or "Traceback" in alone.said:
-        together = f"decoding: {alone.code} {alone.said[-800:]} {alone.executed}"
-    for number, (what, data) in enumerate(cases):
-        said = wrong.get(str(number), "") or together
-        tally.add(what.split(": ")[1], not said, f"{what}, {data[:40]!r}…: {said}")
+def _check(cases: list[tuple[str, bytes]], root: Path, args: list, report: Report) -> None:
+    decoded = forked(lambda: _decode_all(cases), TIMEOUT, MEMORY)
+    problem = dict(re.findall(r"WRONG (\d+) (.*)", decoded.output))
+    evaluated_problem = _evaluate_together(cases, root / f"data{report.count}", args)
+    if decoded.code != 0 or decoded.executed or "Traceback" in decoded.output:
+        evaluated_problem = f"decoding: {decoded.code} {decoded.output[-800:]} {decoded.executed}"
+    for number, (change, data) in enumerate(cases):
+        output = problem.get(str(number), "") or evaluated_problem
+        report.add(change.split(": ")[1], not output, f"{change}, {data[:40]!r}…: {output}")
 
 
-def _a_trained_model(root: Path) -> list:
-    words = ["--cfg", write_recipe(root), "--data-path", write_images(root / "images"), "--output", root / "logs"]
-    made = forked(lambda: run_main([*words, "--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]))
-    if made.code != 0:
-        raise RuntimeError(made.said)
-    return [*words[:2], "--eval", "--pretrained", root / "logs" / "tiny" / "default" / "checkpoints" / "last.pth"]
+def _train_model(root: Path) -> list:
+    args = ["--cfg", write_recipe(root), "--data-path", write_images(root / "images"), "--output", root / "logs"]
+    outcome = forked(lambda: run_main([*args, "--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]))
+    if outcome.code != 0:
+        raise RuntimeError(outcome.output)
+    return [*args[:2], "--eval", "--pretrained", root / "logs" / "tiny" / "default" / "checkpoints" / "last.pth"]
 
 
 def _decode_all(cases: list[tuple[str, bytes]]) -> int:
     torch.set_num_threads(1)
     for number, (_, data) in enumerate(cases):
         try:
-            picture = decode(data, "the/path")
+            image = decode(data, "the/path")
         except BadImage as error:
             if error.path != "the/path" or not error.reason:
                 print(f"WRONG {number} no reason: {error}")
             continue
-        if picture.mode != "RGB" or picture.width * picture.height > EXPANDED:
-            print(f"WRONG {number} {picture.mode} {picture.size}")
+        if image.mode != "RGB" or image.width * image.height > EXPANDED:
+            print(f"WRONG {number} {image.mode} {image.size}")
     return 0
 
 
-def _wrong_together(cases: list[tuple[str, bytes]], data: Path, words: list) -> str:
-    """main.py --eval on all of them: each is evaluated or left out by name, and the counts agree."""
+def _evaluate_together(cases: list[tuple[str, bytes]], data: Path, args: list) -> str:
+    """Runs main.py --eval on all of them: each must be evaluated or skipped by name."""
     for name in ("blue", "green"):
         (data / "val" / name).mkdir(parents=True)
     for number, (_, content) in enumerate(cases):
         (data / "val" / ("blue", "green")[number % 2] / f"{number:03d}.jpg").write_bytes(content)
     Image.new("RGB", (40, 36)).save(data / "val" / "green" / "sound.jpg")
-    outcome = run_briefly([*words, "--data-path", data, "--opts", "DATA.MAX_BAD_IMAGES", "1000"], data)
-    if wrong := wrong_about(outcome, [data], codes=(0,)):
-        return wrong
-    evaluated = int(re.search(r"(\d+) images: top-1", outcome.said).group(1))
-    left_out = set(re.findall(r"bad image left out: \S+/(\d{3})\.jpg: .", outcome.said))
+    outcome = run_briefly([*args, "--data-path", data, "--opts", "DATA.MAX_BAD_IMAGES", "1000"], data)
+    if problem := find_problem(outcome, [data], codes=(0,)):
+        return problem
+    evaluated = int(re.search(r"(\d+) images: top-1", outcome.output).group(1))
+    left_out = set(re.findall(r"bad image left out: \S+/(\d{3})\.jpg: .", outcome.output))
     if (data / "executed").exists():
         return "executed"
     total = len(cases) + 1

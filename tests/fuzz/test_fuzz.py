@@ -1,4 +1,4 @@
-"""Bad input in short; the long form is `python -m tests.fuzz`, and docs/reports/FAULTS.md has its figures."""
+"""A few cases of each fuzz harness. `python -m tests.fuzz` runs more; docs/reports/FAULTS.md has the results."""
 
 import os
 import subprocess
@@ -11,19 +11,19 @@ from utils.paths import REPO_ROOT
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def fuzz(*words: str) -> None:
+def fuzz(*args: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", *words], cwd=REPO_ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-m", "tests.fuzz", *args], cwd=REPO_ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_bad_input_in_short():
+def test_fuzz_in_short_form():
     fuzz("--short")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", ["images", "configs", "trees", "checkpoints"])
-def test_bad_input_at_length(kind: str):
+def test_fuzz_in_full(kind: str):
     fuzz(kind, "--seed", "3")

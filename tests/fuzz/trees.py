@@ -1,7 +1,7 @@
-"""Data sets: image folders, zips with map files and ImageNet-22K's lists, each with something that should not be there.
+"""Bad data sets: image folders, zips with map files and ImageNet-22K's lists, each with unexpected contents.
 
-main.py trains on each for some updates: it does, or says what is wrong and where. Beside the data lies a file of
-secrets, which no message may show: paths that lead out of the data are not followed.
+main.py trains on each for some steps, or names the problem and its place. A secret file next to the data must not show
+up in any message: paths that lead out of the data are not followed.
 """
 
 import io
@@ -20,7 +20,7 @@ from PIL import Image
 
 from tests._report import Report
 from tests._tiny import write_images, write_recipe
-from tests.fuzz.oracle import run_briefly, wrong_about
+from tests.fuzz.oracle import find_problem, run_briefly
 from tests.fuzz.sampling import sample_cases
 
 SECRET = "the secret beside the data"
@@ -33,22 +33,22 @@ def _jpeg() -> bytes:
 
 
 JPEG = _jpeg()
-Harm = Callable[[Path, random.Random], None]
+Change = Callable[[Path, random.Random], None]
 
 
 # ---------------------------------------------------------------- image folders
 
 
-def _name(entry: bytes) -> Harm:
-    def add(root: Path, draws: random.Random) -> None:
+def _name(entry: bytes) -> Change:
+    def add(root: Path, rng: random.Random) -> None:
         with open(os.path.join(os.fsencode(root / "train" / "blue"), entry), "wb") as file:
             file.write(JPEG)
 
     return add
 
 
-def _class(entry: bytes, both: bool = True) -> Harm:
-    def add(root: Path, draws: random.Random) -> None:
+def _class(entry: bytes, both: bool = True) -> Change:
+    def add(root: Path, rng: random.Random) -> None:
         for split in ("train", "val") if both else ("train",):
             folder = os.path.join(os.fsencode(root / split), entry)
             os.mkdir(folder)
@@ -58,12 +58,12 @@ def _class(entry: bytes, both: bool = True) -> Harm:
     return add
 
 
-def _link(place: str, target: str) -> Harm:
-    return lambda root, draws: (root / place).symlink_to(target)
+def _link(place: str, target: str) -> Change:
+    return lambda root, rng: (root / place).symlink_to(target)
 
 
-def _cache(content: Callable[[random.Random], bytes]) -> Harm:
-    return lambda root, draws: (root / ".swin_index_train.npz").write_bytes(content(draws))
+def _cache(content: Callable[[random.Random], bytes]) -> Change:
+    return lambda root, rng: (root / ".swin_index_train.npz").write_bytes(content(rng))
 
 
 def _npz(**arrays: np.ndarray) -> bytes:
@@ -77,19 +77,19 @@ def _head(stamps: object, classes: object, version: int = 1) -> np.ndarray:
     return np.frombuffer(json.dumps(head).encode(), np.uint8)
 
 
-def _cache_of(draws: random.Random) -> bytes:
-    """A cache that says it is valid, and is not."""
+def _cache_of(rng: random.Random) -> bytes:
+    """Returns an index cache that claims to be valid, but is not."""
     blob = np.frombuffer(b"blue/0.jpg../../secret.jpg", np.uint8)
     ends = np.array([10, 26], np.int64)
-    labels = draws.choice((np.array([0, 1], np.int32), np.array([0, 9], np.int32), np.array([-5, 0], np.int32),
+    labels = rng.choice((np.array([0, 1], np.int32), np.array([0, 9], np.int32), np.array([-5, 0], np.int32),
                            np.array([0.5, 1]), np.array([[0], [1]]), np.array(["a", "b"])))  # fmt: skip
-    stamps = draws.choice(({}, {"../..": [1]}, 5, {"train": "x"}))
+    stamps = rng.choice(({}, {"../..": [1]}, 5, {"train": "x"}))
     return _npz(
-        head=_head(stamps, draws.choice((["blue", "green"], None, 5, ["a"]))), labels=labels, blob=blob, ends=ends
+        head=_head(stamps, rng.choice((["blue", "green"], None, 5, ["a"]))), labels=labels, blob=blob, ends=ends
     )
 
 
-def _pickled_cache(draws: random.Random) -> bytes:
+def _pickled_cache(rng: random.Random) -> bytes:
     class Runs:
         def __reduce__(self):
             return os.system, ("touch executed",)
@@ -97,7 +97,7 @@ def _pickled_cache(draws: random.Random) -> bytes:
     return _npz(head=np.array([Runs()], object), labels=np.array([Runs()], object))
 
 
-FOLDERS: dict[str, Harm] = {
+FOLDERS: dict[str, Change] = {
     "apple's hidden twin": _name(b"._0.jpg"),
     "hidden folder": _class(b".git", both=False),
     "newline": _name(b"a\nb.jpg"),
@@ -108,35 +108,35 @@ FOLDERS: dict[str, Harm] = {
     "class with newline": _class(b"a\nb"),
     "class named like an image": _class(b"a.jpg"),
     "class in train alone": _class(b"more", both=False),
-    "no image": lambda root, draws: (root / "train" / "blue" / "notes.jpg").write_text("not an image"),
-    "empty image": lambda root, draws: (root / "train" / "blue" / "0.jpg").write_bytes(b""),
-    "empty class": lambda root, draws: (root / "train" / "empty").mkdir(),
-    "no classes": lambda root, draws: (root / "train").rename(root / "gone") and (root / "train").mkdir(),
-    "no val": lambda root, draws: (root / "val").rename(root / "validation"),
-    "train is a file": lambda root, draws: (root / "train").rename(root / "t") and (root / "train").write_text("x"),
+    "no image": lambda root, rng: (root / "train" / "blue" / "notes.jpg").write_text("not an image"),
+    "empty image": lambda root, rng: (root / "train" / "blue" / "0.jpg").write_bytes(b""),
+    "empty class": lambda root, rng: (root / "train" / "empty").mkdir(),
+    "no classes": lambda root, rng: (root / "train").rename(root / "gone") and (root / "train").mkdir(),
+    "no val": lambda root, rng: (root / "val").rename(root / "validation"),
+    "train is a file": lambda root, rng: (root / "train").rename(root / "t") and (root / "train").write_text("x"),
     "loop": _link("train/blue/loop", ".."),
     "loop to itself": _link("train/blue/self.jpg", "self.jpg"),
     "dangling": _link("train/blue/gone.jpg", "/nowhere/at/all.jpg"),
     "class is a dangling link": _link("train/dangling", "/nowhere"),
     "link to everything": _link("train/blue/root", "/proc/self"),
-    "pipe": lambda root, draws: os.mkfifo(root / "train" / "blue" / "pipe.jpg"),
+    "pipe": lambda root, rng: os.mkfifo(root / "train" / "blue" / "pipe.jpg"),
     "link to a device": _link("train/blue/zero.jpg", "/dev/zero"),
-    "folder named like an image": lambda root, draws: (root / "train" / "blue" / "folder.jpg").mkdir(),
-    "nested": lambda root, draws: (root / "train" / "blue" / "/".join("x" * 200)).mkdir(parents=True),
-    "cache of noise": _cache(lambda draws: draws.randbytes(draws.choice((0, 3, 1000)))),
-    "cache cut short": _cache(lambda draws: _cache_of(draws)[: draws.randrange(1500)]),
-    "cache with a bit flipped": _cache(lambda draws: _flipped(_cache_of(draws), draws)),
+    "folder named like an image": lambda root, rng: (root / "train" / "blue" / "folder.jpg").mkdir(),
+    "nested": lambda root, rng: (root / "train" / "blue" / "/".join("x" * 200)).mkdir(parents=True),
+    "cache of noise": _cache(lambda rng: rng.randbytes(rng.choice((0, 3, 1000)))),
+    "cache cut short": _cache(lambda rng: _cache_of(rng)[: rng.randrange(1500)]),
+    "cache with a bit flipped": _cache(lambda rng: _flipped(_cache_of(rng), rng)),
     "cache that lies": _cache(_cache_of),
     "cache that runs something": _cache(_pickled_cache),
-    "cache is a folder": lambda root, draws: (root / ".swin_index_train.npz").mkdir(),
-    "read-only": lambda root, draws: [os.chmod(path, 0o555) for path in (root, root / "train", root / "val")],
+    "cache is a folder": lambda root, rng: (root / ".swin_index_train.npz").mkdir(),
+    "read-only": lambda root, rng: [os.chmod(path, 0o555) for path in (root, root / "train", root / "val")],
 }
 
 
-def _flipped(data: bytes, draws: random.Random) -> bytes:
+def _flipped(data: bytes, rng: random.Random) -> bytes:
     changed = bytearray(data)
-    for _ in range(draws.choice((1, 3, 20))):
-        changed[draws.randrange(len(data))] ^= 1 << draws.randrange(8)
+    for _ in range(rng.choice((1, 3, 20))):
+        changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     return bytes(changed)
 
 
@@ -153,61 +153,61 @@ PLAIN = [(f"{name}/{i}.jpg", JPEG) for name in ("blue", "green") for i in range(
 PLAIN_MAP = "".join(f"{name}\t{name.startswith('green'):d}\n" for name, _ in PLAIN)
 
 
-def _members(*more: tuple[str, bytes], **kwargs) -> Harm:
-    return lambda root, draws: _write_zip(root / "train.zip", [*PLAIN, *more], **kwargs)
+def _members(*more: tuple[str, bytes], **kwargs) -> Change:
+    return lambda root, rng: _write_zip(root / "train.zip", [*PLAIN, *more], **kwargs)
 
 
-def _more(*names: str) -> Harm:
-    """Members of these names, which the map lists."""
+def _more(*names: str) -> Change:
+    """Adds members of these names, which the map lists too."""
 
-    def add(root: Path, draws: random.Random) -> None:
+    def add(root: Path, rng: random.Random) -> None:
         _write_zip(root / "train.zip", [*PLAIN, *((name, JPEG) for name in names)])
         (root / "train_map.txt").write_text(PLAIN_MAP + "".join(f"{name}\t0\n" for name in names))
 
     return add
 
 
-def _bytes_of(path: str, change: Callable[[bytes, random.Random], bytes]) -> Harm:
-    return lambda root, draws: (root / path).write_bytes(change((root / path).read_bytes(), draws))
+def _bytes_of(path: str, change: Callable[[bytes, random.Random], bytes]) -> Change:
+    return lambda root, rng: (root / path).write_bytes(change((root / path).read_bytes(), rng))
 
 
 def _flag(bit: int) -> Callable[[bytes, random.Random], bytes]:
-    """Sets a bit of the flags of the first member, in the directory."""
+    """Sets a flag of the first member in the central directory."""
 
-    def change(data: bytes, draws: random.Random) -> bytes:
-        place = data.datasets.index(b"PK\x01\x02") + 8
+    def change(data: bytes, rng: random.Random) -> bytes:
+        place = data.index(b"PK\x01\x02") + 8
         return data[:place] + bytes([data[place] | bit]) + data[place + 1 :]
 
     return change
 
 
 def _field(offset: int, size: int) -> Callable[[bytes, random.Random], bytes]:
-    """Another number in one field of a member's entry in the directory."""
+    """Changes a field of a member's entry in the central directory."""
 
-    def change(data: bytes, draws: random.Random) -> bytes:
-        place = data.datasets.index(b"PK\x01\x02") + offset
-        number = draws.choice((0, 1, 2 ** (8 * size - 1), 2 ** (8 * size) - 1, draws.randrange(2 ** (8 * size))))
+    def change(data: bytes, rng: random.Random) -> bytes:
+        place = data.index(b"PK\x01\x02") + offset
+        number = rng.choice((0, 1, 2 ** (8 * size - 1), 2 ** (8 * size) - 1, rng.randrange(2 ** (8 * size))))
         return data[:place] + number.to_bytes(size, "little") + data[place + size :]
 
     return change
 
 
-def _bomb(root: Path, draws: random.Random) -> None:
-    """A megabyte of compressed zeros that become a gigabyte, and say that they are a small image."""
+def _bomb(root: Path, rng: random.Random) -> None:
+    """Adds 200 MB of zeros, compressed, half of the time with the size of a small image in the directory."""
     _write_zip(root / "train.zip", [("bomb.jpg", bytes(200 << 20)), *PLAIN], compression=zipfile.ZIP_DEFLATED)
     (root / "train_map.txt").write_text(PLAIN_MAP + "bomb.jpg\t0\n")
-    if draws.random() < 0.5:
+    if rng.random() < 0.5:
         data = bytearray((root / "train.zip").read_bytes())
-        struct.pack_into("<I", data, data.datasets.index(b"PK\x01\x02") + 24, 5000)
+        struct.pack_into("<I", data, data.index(b"PK\x01\x02") + 24, 5000)
         (root / "train.zip").write_bytes(data)
 
 
-def _map(text: str | bytes) -> Harm:
+def _map(text: str | bytes) -> Change:
     data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
-    return lambda root, draws: (root / "train_map.txt").write_bytes(data)
+    return lambda root, rng: (root / "train_map.txt").write_bytes(data)
 
 
-ZIPS: dict[str, Harm] = {
+ZIPS: dict[str, Change] = {
     "path that climbs out": _more("../../secret.jpg"),
     "absolute path": _more("/etc/secret.jpg"),
     "backslashes": _more("blue\\7.jpg"),
@@ -227,16 +227,16 @@ ZIPS: dict[str, Harm] = {
     "other extra length": _bytes_of("train.zip", _field(30, 2)),
     "other place": _bytes_of("train.zip", _field(42, 4)),
     "bits flipped": _bytes_of("train.zip", _flipped),
-    "cut short": _bytes_of("train.zip", lambda data, draws: data[: draws.randrange(len(data))]),
-    "prefixed": _bytes_of("train.zip", lambda data, draws: b"#!/bin/sh\n" + data),
-    "no zip": _bytes_of("train.zip", lambda data, draws: draws.randbytes(500)),
-    "empty zip": lambda root, draws: _write_zip(root / "train.zip", []),
-    "zip is a folder": lambda root, draws: (root / "train.zip").unlink() or (root / "train.zip").mkdir(),
-    "zip is missing": lambda root, draws: (root / "train.zip").unlink(),
-    "map is missing": lambda root, draws: (root / "train_map.txt").unlink(),
-    "map is a folder": lambda root, draws: (root / "train_map.txt").unlink() or (root / "train_map.txt").mkdir(),
+    "cut short": _bytes_of("train.zip", lambda data, rng: data[: rng.randrange(len(data))]),
+    "prefixed": _bytes_of("train.zip", lambda data, rng: b"#!/bin/sh\n" + data),
+    "no zip": _bytes_of("train.zip", lambda data, rng: rng.randbytes(500)),
+    "empty zip": lambda root, rng: _write_zip(root / "train.zip", []),
+    "zip is a folder": lambda root, rng: (root / "train.zip").unlink() or (root / "train.zip").mkdir(),
+    "zip is missing": lambda root, rng: (root / "train.zip").unlink(),
+    "map is missing": lambda root, rng: (root / "train_map.txt").unlink(),
+    "map is a folder": lambda root, rng: (root / "train_map.txt").unlink() or (root / "train_map.txt").mkdir(),
     "map is empty": _map(""),
-    "map of noise": lambda root, draws: (root / "train_map.txt").write_bytes(draws.randbytes(300)),
+    "map of noise": lambda root, rng: (root / "train_map.txt").write_bytes(rng.randbytes(300)),
     "windows lines": _map(PLAIN_MAP.replace("\n", "\r\n")),
     "byte order mark": _map("\ufeff" + PLAIN_MAP),
     "utf-16": _map(PLAIN_MAP.encode("utf-16")),
@@ -266,11 +266,11 @@ ZIPS: dict[str, Harm] = {
 # ---------------------------------------------------------------- ImageNet-22K's lists
 
 
-def _list(text: str) -> Harm:
-    return lambda root, draws: (root / "ILSVRC2011fall_whole_map_train.txt").write_text(text)
+def _list(text: str) -> Change:
+    return lambda root, rng: (root / "ILSVRC2011fall_whole_map_train.txt").write_text(text)
 
 
-LISTS: dict[str, Harm] = {
+LISTS: dict[str, Change] = {
     "listed, climbs out": _list("../secret.jpg\t0\n"),
     "listed, absolute": _list("/etc/passwd\t0\n"),
     "listed, JSON that climbs out": _list('[["val/../../secret.jpg", 0]]'),
@@ -286,55 +286,57 @@ ALL = [("folder", name) for name in FOLDERS] + [("zip", name) for name in ZIPS] 
 
 @st.composite
 def trees(draw) -> tuple[list[tuple[str, str]], bool, int]:
-    """(what is done, whether bad images may be left out, a seed). Two harms of one layout, now and then."""
+    """Draws (changes, whether bad images are tolerated, a seed). Some cases have two changes of one layout."""
     layout, name = draw(st.sampled_from(ALL))
-    harms = [(layout, name)]
+    changes = [(layout, name)]
     if draw(st.integers(0, 3)) == 0:
-        harms.append(draw(st.sampled_from([harm for harm in ALL if harm[0] == layout and harm[1] != name])))
-    return harms, draw(st.booleans()), draw(st.integers(0, 2**32))
+        changes.append(draw(st.sampled_from([change for change in ALL if change[0] == layout and change[1] != name])))
+    return changes, draw(st.booleans()), draw(st.integers(0, 2**32))
 
 
 def run(count: int, seed: int) -> Report:
-    """`count` data sets: first each harm alone, as far as they reach, then drawn ones."""
-    tally = Report("data sets and map files", seed)
-    alone = [([harm], bool(seed + number & 1), seed + number) for number, harm in enumerate(ALL)]
+    """Tests `count` data sets: first each change alone, then sampled ones."""
+    report = Report("data sets and map files", seed)
+    alone = [([change], bool(seed + number & 1), seed + number) for number, change in enumerate(ALL)]
     random.Random(seed).shuffle(alone)
     cases = [*alone[:count], *sample_cases(trees(), max(1, count - len(alone)), seed)][:count]
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["XDG_CACHE_HOME"] = f"{scratch}/cache"
         recipe = write_recipe(Path(scratch))
-        for number, (harms, lenient, case_seed) in enumerate(cases):
+        for number, (changes, lenient, case_seed) in enumerate(cases):
             folder = Path(scratch) / str(number)
-            what = f"{harms[0][0]}: {', '.join(name for _, name in harms)}"
-            wrong = _look_at(folder, recipe, harms, lenient, random.Random(case_seed))
-            tally.add(harms[0][0], not wrong, f"case {number}, {what}: {wrong}")
-            for path in folder.rglob("*"):  # so that a read-only one can be removed
+            description = f"{changes[0][0]}: {', '.join(name for _, name in changes)}"
+            problem = _check_dataset(folder, recipe, changes, lenient, random.Random(case_seed))
+            report.add(changes[0][0], not problem, f"case {number}, {description}: {problem}")
+            for path in folder.rglob("*"):  # read-only folders could not be removed
                 if path.is_dir() and not path.is_symlink():
                     path.chmod(0o755)
         os.environ.pop("XDG_CACHE_HOME")
-    return tally
+    return report
 
 
-def _look_at(folder: Path, recipe: Path, harms: list[tuple[str, str]], lenient: bool, draws: random.Random) -> str:
-    root, layout = folder / "data", harms[0][0]
-    _write_sound(root, layout)
+def _check_dataset(
+    folder: Path, recipe: Path, changes: list[tuple[str, str]], lenient: bool, rng: random.Random
+) -> str:
+    root, layout = folder / "data", changes[0][0]
+    _write_valid(root, layout)
     (folder / "secret.jpg").write_text(SECRET)
-    for _, name in harms:
+    for _, name in changes:
         try:
-            {"folder": FOLDERS, "zip": ZIPS, "list": LISTS}[layout][name](root, draws)
+            {"folder": FOLDERS, "zip": ZIPS, "list": LISTS}[layout][name](root, rng)
         except (OSError, ValueError):
-            continue  # the first harm left nothing for the second
-    words = ["--cfg", recipe, "--data-path", root, "--output", folder / "logs"]
-    words += ["--zip", "--cache-mode", draws.choice(("no", "part", "full"))] if layout == "zip" else []
-    words += ["--opts", "DATA.MAX_BAD_IMAGES", 100 * lenient]
-    words += ["DATA.DATASET", "imagenet22K", "MODEL.NUM_CLASSES", 21841] if layout == "list" else []
-    outcome = run_briefly(words, folder)
-    if SECRET in outcome.said or (folder / "executed").exists():
-        return f"it went where it should not: {outcome.said[-500:]}"
-    return wrong_about(outcome, [root])
+            continue  # the second change does not apply after the first
+    args = ["--cfg", recipe, "--data-path", root, "--output", folder / "logs"]
+    args += ["--zip", "--cache-mode", rng.choice(("no", "part", "full"))] if layout == "zip" else []
+    args += ["--opts", "DATA.MAX_BAD_IMAGES", 100 * lenient]
+    args += ["DATA.DATASET", "imagenet22K", "MODEL.NUM_CLASSES", 21841] if layout == "list" else []
+    outcome = run_briefly(args, folder)
+    if SECRET in outcome.output or (folder / "executed").exists():
+        return f"it left the data folder: {outcome.output[-500:]}"
+    return find_problem(outcome, [root])
 
 
-def _write_sound(root: Path, layout: str) -> None:
+def _write_valid(root: Path, layout: str) -> None:
     root.mkdir(parents=True)
     if layout == "zip":
         for split in ("train", "val"):

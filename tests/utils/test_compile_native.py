@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,22 @@ assert NativeLibrary("a part", Path({str(folder)!r}), "c", ()).load().one() == 1
     started = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(3)]
     assert [process.wait() for process in started] == [0, 0, 0]
     assert [path.suffix for path in cache.iterdir()] == [".so"]
+
+
+def test_a_failed_build_keeps_no_objects_of_its_callers_alive(cache, tmp_path, monkeypatch):
+    """A kept traceback once held an iterator, whose loader workers then hung the end of a stopped run."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    part = library(source(tmp_path / "part", ""))
+    local = set()
+
+    def call(local: set) -> None:
+        with pytest.raises(CannotBuild):
+            part.load()
+
+    reference = weakref.ref(local)
+    for _ in range(2):
+        call(local)
+    del local
+    assert reference() is None

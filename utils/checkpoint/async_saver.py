@@ -6,6 +6,7 @@ The copy takes as long as moving the bytes; serializing, hashing, writing and fl
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -88,7 +89,7 @@ class AsyncCheckpointer:
                 self._pending_best, self._buffers = job, {}  # the next save must not overwrite its tensors
             log.warning("%s. Training goes on, and the next save tries again", error)
 
-    def _copy(self, value: object, key_path: tuple) -> object:
+    def _copy(self, value: Any, key_path: tuple) -> Any:
         """Copies `value` with every tensor moved to the CPU, into buffers that all saves share."""
         if isinstance(value, torch.Tensor):
             buffer = self._buffers.get(key_path)

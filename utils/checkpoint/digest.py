@@ -7,7 +7,7 @@ whole file is stored in the archive's comment, which PyTorch and other zip reade
 import hashlib
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
 import torch
 
@@ -56,7 +56,7 @@ def save(contents: dict, file: BinaryIO) -> None:
         OSError, RuntimeError: from `file` and PyTorch; PyTorch wraps an error of the file in a RuntimeError.
     """
     hashing = _HashingFile(file)
-    torch.save(contents, hashing)
+    torch.save(contents, cast(IO[bytes], hashing))  # torch needs only write() and flush()
     hashing.write_digest()
 
 

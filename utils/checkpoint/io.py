@@ -28,7 +28,7 @@ MAX_NESTING = 50
 
 # Classes that training programs pickle next to their weights. They are read as dicts, so their code never runs;
 # OrderedDict is the one type of mapping that the unpickler accepts.
-_READ_AS_DICT = [(OrderedDict, "yacs.config.CfgNode"), (OrderedDict, "argparse.Namespace")]
+_READ_AS_DICT = ("yacs.config.CfgNode", "argparse.Namespace")
 _HARMLESS_GLOBAL = re.compile(r"(collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\.\w*Storage|torch\.Size)$")
 
 
@@ -54,7 +54,7 @@ def _load(path: Path) -> dict:
             raise UserError(_why_unreadable(path, error)) from error
     _verify_checksums(path)
     try:
-        with torch.serialization.safe_globals(_READ_AS_DICT):
+        with torch.serialization.safe_globals([(OrderedDict, name) for name in _READ_AS_DICT]):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler raise almost anything
         raise UserError(_why_unreadable(path, error)) from error
@@ -148,7 +148,7 @@ def _verify_checksums(path: Path) -> None:
 
 def _why_unreadable(path: Path, error: Exception) -> str:
     """The error message for a file that could not be loaded."""
-    known = {name for _, name in _READ_AS_DICT}
+    known = set(_READ_AS_DICT)
     code = [name for name in _globals_in_pickle(path) if not _HARMLESS_GLOBAL.match(name) and name not in known]
     if code:
         return (
@@ -194,7 +194,7 @@ def _consecutive_pickles(data: bytes) -> list[bytes]:
     while len(pickles) < 5 and start < len(data) and data[start] == 0x80:
         end = start
         for _, _, position in pickletools.genops(data[start:]):
-            end = start + position + 1
+            end = start + (position or 0) + 1
         pickles.append(data[start:end])
         start = end
     return pickles or [data]

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
@@ -119,7 +119,7 @@ NON_SEMANTIC_KEYS = frozenset(NO_EFFECT) | {
 BITWISE_EQUIVALENT = {"DATA.BACKEND": frozenset(("auto", "reference", "native"))}
 
 
-def check_each(values: dict[str, object], origins: dict[str, str]) -> None:
+def check_each(values: dict[str, Any], origins: dict[str, str]) -> None:
     """Refuses the first value outside its choices, interval or length.
 
     Args:
@@ -165,7 +165,7 @@ def _items(value: object) -> Sequence[object]:
 def _inside(interval: str) -> Callable[[object], bool]:
     low, high = map(float, interval[1:-1].split(","))
 
-    def accepts(number: float) -> bool:
+    def accepts(number: Any) -> bool:
         above = number >= low if interval[0] == "[" else number > low
         below = number <= high if interval[-1] == "]" else number < high
         return above and below

@@ -6,6 +6,7 @@ The parameters of a block are gathered just before they are used and freed after
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,7 @@ def to_full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather_full_state(contents: object) -> object:
+def gather_full_state(contents: Any) -> Any:
     """Returns nested dicts and lists with each sharded tensor gathered on rank 0's CPU, None on the other ranks.
 
     Gathers one tensor at a time, so a device needs room only for the largest. A collective call if any is sharded.

@@ -35,7 +35,7 @@ class Heartbeat:
         self._process = f"process {os.getpid()} on {socket.gethostname()}"
         self._beats = 0
         self._exit_reason: str | None = None
-        self._main_thread = threading.main_thread().ident
+        self._main_thread = threading.main_thread().ident or 0
         self._stopping = threading.Event()
         self._write()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)

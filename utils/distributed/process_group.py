@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from utils.distributed.heartbeat import Heartbeat
 from utils.errors import LostProcess, UserError
+
+Value = TypeVar("Value")
 
 # Messages of collective calls that timed out or lost their peer.
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe", re.IGNORECASE)
@@ -181,7 +184,7 @@ def sum_across(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def broadcast_from_main(value: object) -> object:
+def broadcast_from_main(value: Value) -> Value:
     """Returns rank 0's `value`, a small picklable object, on every rank."""
     if not dist.is_initialized():
         return value

@@ -86,7 +86,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
     short = ["--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     words = ["--cfg", write_recipe(root), "--data-path", write_images(root / "images"), "--output", root / "logs"]
     made = forked(lambda: torch.set_num_threads(1) or run_main([*words, *short]))
-    assert made.code == 0, made.said
+    assert made.code == 0, made.output
     return read_checkpoint(str(root / "logs" / "tiny" / "default" / "checkpoints" / "last.pth"))
 
 
