@@ -82,22 +82,6 @@ def no_room(*args):
     raise OSError(28, "No space left on device")
 
 
-def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path):
-    path = tmp_path / "lines"
-    append(path, b"first\n")
-
-    def limited() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
-        try:
-            append(path, b"second line\n")
-        except OSError as error:
-            print(error.filename)
-
-    assert forked(limited).output.strip() == str(path)
-    assert path.read_bytes() == b"first\n"
-
-
 def test_event_files_follow_each_other_also_when_the_clock_goes_back(tmp_path: Path, monkeypatch):
     for now in (2e9, 1e9, 1e9):
         monkeypatch.setattr("utils.tracking.tensorboard.time.time", lambda now=now: now)
