@@ -6,6 +6,7 @@ B images of a micro-batch, K classes, S image size.
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +37,13 @@ from data.transforms.native_transforms import GpuTrainTransform, prepare_eval, p
 from data.transforms.reference import Transform, train_transform
 from utils.distributed.process_group import DistInfo, local_rank_zero_first
 from utils.errors import UserError
+from utils.malloc import available_memory
 from utils.origins import ORIGINS, TORCHVISION_NAMES
 
 log = logging.getLogger(__name__)
+
+# Validation workers stay between passes if their buffers take less than this share of the available memory.
+KEPT_BUFFERS_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ class ValBatches:
     """This process's share of the validation images, each once, on its device; can be iterated any number of times.
 
     Yields {'image': (B, 3, S, S) float32, 'target': (B,) int64}; B varies (the last batch, and bad images left out).
-    Workers are started for each pass and end with it.
+    Workers are started for each pass and end with it, except inside of `keep_workers`.
 
     Attributes:
         bad_images: number of different images of this process that could not be used so far.
@@ -214,6 +219,8 @@ class ValBatches:
         self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "left out")
         samples = EvalSamples(data.val, LabelledImage(prepare_eval(config.DATA.BACKEND, preset.transform)))
         self.loader = _batch_loader(config, dist_info, samples, batches, self._num_workers)
+        self._processes_per_host = dist_info.local_world_size
+        self._passes: Iterator[Iterator[dict]] | None = None  # inside of `keep_workers`
 
     @property
     def bad_images(self) -> int:
@@ -222,9 +229,22 @@ class ValBatches:
     def __len__(self) -> int:
         return len(self.loader)
 
+    @contextmanager
+    def keep_workers(self) -> Iterator[None]:
+        """Inside the block all passes share workers and buffers, where the host has the memory for it."""
+        if self.loader.buffer_bytes * self._processes_per_host > available_memory() * KEPT_BUFFERS_SHARE:
+            yield
+            return
+        with self.loader.reusable() as passes:
+            self._passes = passes
+            try:
+                yield
+            finally:
+                self._passes = None
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Raises UserError when a worker dies or there are more bad images than DATA.MAX_BAD_IMAGES."""
-        with self.loader.started() as batches:
+        with self.loader.started() if self._passes is None else nullcontext(next(self._passes)) as batches:
             for _ in range(len(self.loader)):
                 with explain_worker_crash(self._num_workers):
                     batch = next(batches)

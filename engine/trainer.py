@@ -197,7 +197,7 @@ class Trainer:
             if self.state.images_seen == 0:
                 stream = show_first_batch(logger.writer, self.components.module_without_ddp, stream)
         try:
-            with explain_worker_crash(self.config.DATA.NUM_WORKERS):
+            with explain_worker_crash(self.config.DATA.NUM_WORKERS), val.keep_workers():
                 done = self._loop(preemption, checkpointer, logger, train, stream, val)
         finally:
             if logger:

@@ -3,6 +3,7 @@
 The rest of the project calls these wrappers and no private function of another library.
 """
 
+import ctypes
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 # Re-exported, checked with torch 2.10 to 2.14: tensors without memory, a hook below autograd, the leaves of containers.
 __all__ = [
-    "FakeTensorMode", "TorchDispatchMode", "copy_tensors", "cpu_has_bf16", "ddp_without_buffer_sync",
+    "FakeTensorMode", "TorchDispatchMode", "clear_cuda_error", "copy_tensors", "cpu_has_bf16", "ddp_without_buffer_sync",
     "resolve_timm_resampling", "set_inductor_freezing", "shut_down_workers", "torchvision_eval_preset_type",
     "tree_leaves",
 ]  # fmt: skip
@@ -32,6 +33,16 @@ def cpu_has_bf16() -> bool:
 def copy_tensors(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Copies each tensor of `sources` into that of `targets`, in few kernels. Checked: torch 2.10 to 2.14."""
     torch._foreach_copy_(list(targets), list(sources))
+
+
+def clear_cuda_error() -> None:
+    """Forgets the last error of the CUDA runtime, which the next kernel launch would raise.
+
+    torch has no function for it, but loads the runtime with global symbols. Checked: torch 2.14.
+    """
+    get_last_error = getattr(ctypes.CDLL(None), "cudaGetLastError", None)
+    if get_last_error is not None:
+        get_last_error()
 
 
 def set_inductor_freezing(enabled: bool) -> None:

@@ -1,6 +1,7 @@
-"""Keeps freed memory in the process for the next training step."""
+"""Memory of the process and of its host."""
 
 import ctypes
+from pathlib import Path
 
 # Constants of glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
@@ -21,3 +22,12 @@ def disable_malloc_trim() -> bool:
     except AttributeError:
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def available_memory() -> int:
+    """Returns the bytes of memory that the host can still give without swapping; 0 where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)

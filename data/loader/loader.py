@@ -3,7 +3,9 @@
 B samples of a micro-batch, S the size of an image.
 """
 
+import itertools
 import logging
+import math
 import random
 import re
 import signal
@@ -34,7 +36,7 @@ from data.loader.shared_memory import (
     unpack_batch,
 )
 from data.transforms.native_transforms import Prepare
-from utils.compat import shut_down_workers
+from utils.compat import shut_down_workers, tree_leaves
 from utils.errors import UserError
 from utils.seed import derive, seed_cpu
 
@@ -176,24 +178,44 @@ class BatchLoader:
         self._batch_size = batch_size
         self._specs = specs
         self._collate_targets = collate_targets
+        # Copies wait for no training step in a stream of their own, and run at the same time as one.
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copies: dict[int, torch.cuda.Event] = {}  # by batch number; recorded after the batch's copy to the GPU
         self._number = 0  # of the last batch
 
     def __len__(self) -> int:
         return len(self._keys)
 
+    @property
+    def buffer_bytes(self) -> int:
+        """The size of the memory that is shared with the workers."""
+        sample = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._specs.values())
+        return self._num_buffers * self._batch_size * sample
+
+    @property
+    def _num_buffers(self) -> int:
+        """Batches that workers prepare ahead, the last batch, and the one before it, which may still be copied."""
+        return PREFETCH_FACTOR * self._num_workers + 2 if self._num_workers else 0
+
     @contextmanager
     def started(self) -> Iterator[Iterator[dict]]:
-        """Gives an iterator of batches. Workers and buffers are released at the end of the block, also by an exception.
+        """Gives an iterator over one pass of batches. Workers and buffers are released at the end of the block."""
+        with self.reusable(keep_workers=False) as passes:
+            yield next(passes)
 
-        Without this, an iterator that an exception's traceback keeps alive may be left to the garbage collector, which
-        closes its queues before it tells the workers to stop: torch then waits five seconds for each of them.
+    @contextmanager
+    def reusable(self, keep_workers: bool = True) -> Iterator[Iterator[Iterator[dict]]]:
+        """Gives an endless iterator of passes, each an iterator of batches, by the same workers and buffers.
+
+        Workers and buffers are released at the end of the block, also by an exception. Without this, an iterator that
+        an exception's traceback keeps alive may be left to the garbage collector, which closes its queues before it
+        tells the workers to stop: torch then waits five seconds for each of them.
         """
         if not self._num_workers:
-            yield iter(self._data_loader(self._samples, self._keys, collate_fn=self._collate))
+            data_loader = self._data_loader(self._samples, self._keys, collate_fn=self._collate)
+            yield (iter(data_loader) for _ in itertools.count())
             return
-        # Batches that workers prepare ahead, the last batch, and the one before it, which may still be copied.
-        buffers = SharedBatchBuffers(PREFETCH_FACTOR * self._num_workers + 2, self._batch_size, self._specs)
+        buffers = SharedBatchBuffers(self._num_buffers, self._batch_size, self._specs)
         with buffers.pinned() if self._pin_memory else nullcontext():
             data_loader = self._data_loader(
                 BufferedDataset(self._samples, buffers),
@@ -203,17 +225,26 @@ class BatchLoader:
                 multiprocessing_context="fork",
                 prefetch_factor=PREFETCH_FACTOR,
                 worker_init_fn=_start_worker,
+                persistent_workers=keep_workers,
             )
-            # A signal that reached a worker before `_start_worker` would kill it, as if it had crashed.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_PROCESS_SIGNALS)
+            started: list[Iterator[dict]] = []
+
+            def one_pass() -> Iterator[dict]:
+                self._wait_for_copies(self._number)  # the workers write the first buffers again
+                # A signal that reached a worker before `_start_worker` would kill it, as if it had crashed.
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_PROCESS_SIGNALS)
+                try:
+                    batches = iter(data_loader)
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                started[:] = [batches]
+                return self._unpacked(batches, buffers)
+
             try:
-                batches = iter(data_loader)
+                yield (one_pass() for _ in itertools.count())
             finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            try:
-                yield self._unpacked(batches, buffers)
-            finally:
-                shut_down_workers(batches)
+                for batches in started:
+                    shut_down_workers(batches)
                 self._wait_for_copies(self._number)
 
     def _data_loader(self, dataset: object, keys: BatchKeys, **options: Any) -> DataLoader:
@@ -244,12 +275,22 @@ class BatchLoader:
 
         `aug_params` stays on the host: the augmentation reads it there.
         """
-        arrays = {
-            name: batch[name].to(self._device, non_blocking=True, copy=self._num_workers > 0) for name in self._specs
-        }
-        if self._num_workers and self._device.type == "cuda":
-            self._copies[self._number] = torch.cuda.current_stream(self._device).record_event()
-        return batch | {"target": _to_device(batch["target"], self._device)} | arrays
+        with torch.cuda.stream(self._copy_stream):  # does nothing without a stream
+            arrays = {
+                name: batch[name].to(self._device, non_blocking=True, copy=self._num_workers > 0)
+                for name in self._specs
+            }
+            copied = batch | {"target": _to_device(batch["target"], self._device)} | arrays
+        if self._copy_stream is not None:
+            done = self._copy_stream.record_event()
+            if self._num_workers:
+                self._copies[self._number] = done
+            compute_stream = torch.cuda.current_stream(self._device)
+            compute_stream.wait_event(done)
+            for tensor in tree_leaves([copied["target"], arrays]):
+                if isinstance(tensor, Tensor):
+                    tensor.record_stream(compute_stream)  # keeps the memory until the step that uses it is over
+        return copied
 
 
 def _to_device(value: object, device: torch.device) -> object:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.compat import clear_cuda_error
+
 log = logging.getLogger(__name__)
 
 # Batches that each worker prepares ahead.
@@ -91,6 +93,7 @@ def _pinned(array: Tensor) -> Iterator[None]:
     size = array.numel() * array.element_size()
     error = int(runtime.cudaHostRegister(address, size, 0))
     if error:
+        clear_cuda_error()
         log.warning(
             "%.1f GiB of memory for batches cannot be pinned (CUDA error %d), so copying them to the GPU takes "
             "longer. Fewer DATA.NUM_WORKERS need less",

@@ -282,3 +282,31 @@ def test_a_task_chooses_transform_mixing_and_preset(root):
     chosen = ValBatches(config, data, process(), build_eval_preset(config, "hf"))
     for a, b in zip(chosen, val_batches(config, data, process(), "hf"), strict=True):
         assert torch.equal(a["image"], b["image"])
+
+
+def worker_ids(batches: ValBatches) -> list[tuple[int, ...]]:
+    """The children of this process during each of three passes; the first pass is abandoned after one batch."""
+    seen = []
+    for number in range(3):
+        for _ in batches:
+            if number == 0:
+                break
+        seen.append(tuple(sorted(child.pid for child in multiprocessing.active_children())))
+    return seen
+
+
+def test_validation_workers_are_kept_between_passes(root, monkeypatch):
+    config = data_config(root, "DATA.NUM_WORKERS", 2, "DATA.BATCH_SIZE", 4)
+    data = build_datasets(config, process())
+    batches = val_batches(config, data, process())
+    reference = [batch["image"].clone() for batch in batches]
+    with batches.keep_workers():
+        first, *later = worker_ids(batches)
+        assert len(first) == 2 and all(ids == first for ids in later)
+        kept = [batch["image"].clone() for batch in batches]
+    assert all(torch.equal(a, b) for a, b in zip(reference, kept, strict=True))
+    assert not multiprocessing.active_children()
+    monkeypatch.setattr("data.build.available_memory", lambda: 0)  # too little memory: new workers for each pass
+    with batches.keep_workers():
+        assert [len(batch["image"]) for batch in batches] == [len(image) for image in reference]
+        assert not multiprocessing.active_children()
