@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # Re-exported, checked with torch 2.10 to 2.14: tensors without memory, a hook below autograd, the leaves of containers.
 __all__ = [
-    "FakeTensorMode", "TorchDispatchMode", "clear_cuda_error", "copy_tensors", "cpu_has_bf16", "ddp_without_buffer_sync",
+    "FakeTensorMode", "TorchDispatchMode", "clear_cuda_error", "copy_tensors",
+    "cpu_has_bf16", "ddp_without_buffer_sync",
     "resolve_timm_resampling", "set_inductor_freezing", "shut_down_workers", "torchvision_eval_preset_type",
     "tree_leaves",
 ]  # fmt: skip

@@ -55,7 +55,7 @@ def test_append_writes_all_or_nothing(tmp_path: Path):
         except OSError as error:
             print(error.filename)
 
-    assert forked(limited).said.strip() == str(path)
+    assert forked(limited).output.strip() == str(path)
     assert path.read_bytes() == b"first\n"
 
 
