@@ -27,6 +27,7 @@ from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from torchvision.transforms import ColorJitter
 
 from data.native.library import library
+from data.transforms.reference import posterize
 from utils.compat import resolve_timm_resampling
 
 
@@ -275,6 +276,7 @@ RECORDERS: dict[Callable[..., Any], Callable[..., OpRecorder]] = {
     timm_ops.equalize: _record_op(Operation.EQUALIZE),
     timm_ops.invert: _record_op(Operation.INVERT),
     timm_ops.posterize: _record_posterize,
+    posterize: _record_posterize,
     timm_ops.solarize: _record_op(Operation.SOLARIZE),
     timm_ops.solarize_add: _record_solarize_add,
     timm_ops.color: _record_op(Operation.COLOR),

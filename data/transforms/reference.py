@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from PIL import Image
+from PIL import Image, ImageOps
+from timm.data import auto_augment as timm_ops
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
@@ -54,10 +55,27 @@ def train_transform(
         mean=tuple(mean),
         std=tuple(std),
     )
+    for step in transform.transforms:
+        _use_own_posterize(step)
     if size <= SMALL:
         to_size = transforms.Resize(size, interpolation_mode(interpolation))  # does not change images of that size
         transform.transforms[:1] = [to_size, transforms.RandomCrop(size, padding=4)]
     return transform
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    """timm's posterize with any Pillow: from version 13 on, Pillow refuses 0 bits, which turn an image black."""
+    if bits_to_keep <= 0:
+        return Image.new(image.mode, image.size)
+    return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
+
+
+def _use_own_posterize(policy: object) -> None:
+    """Replaces timm's posterize in the operations of a RandAugment, AutoAugment or AugMix."""
+    ops = getattr(policy, "ops", None) or [op for ops in getattr(policy, "policy", []) for op in ops]
+    for op in ops:
+        if op.aug_fn is timm_ops.posterize:
+            op.aug_fn = posterize
 
 
 def eval_transform(

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import Mixup
+from timm.data import auto_augment as timm_ops
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -14,7 +15,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from data.transforms.mixup import Mixer
-from data.transforms.reference import eval_transform, train_transform
+from data.transforms.reference import eval_transform, posterize, train_transform
 from tests._images import draw
 from utils.errors import UserError
 from utils.seed import derive, seed_cpu
@@ -186,3 +187,31 @@ def test_mixing_leaves_numpys_generator_alone():
 def test_odd_batches_are_refused():
     with pytest.raises(UserError, match="DATA.BATCH_SIZE must be even, not 5"):
         Mixer(0, 5, 5, **MIX)
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n3", "rand-m10-inc1", "original", "v0", "3a", "augmix-m5-w3"])
+def test_posterize_to_zero_bits_works_with_pillow_13(monkeypatch: pytest.MonkeyPatch, policy: str):
+    """Pillow 13 refuses 0 bits; earlier versions make the image black."""
+    plain = ImageOps.posterize
+
+    def refusing(image: Image.Image, bits: int) -> Image.Image:
+        if not 1 <= bits <= 8:
+            raise ValueError("bits must be between or equal to 1 and 8")
+        return plain(image, bits)
+
+    monkeypatch.setattr(ImageOps, "posterize", refusing)
+    transform = train_transform(
+        40,
+        hflip=0,
+        color_jitter=0,
+        auto_augment=policy,
+        re_prob=0,
+        re_mode="pixel",
+        re_count=1,
+        interpolation="bicubic",
+    )
+    functions = {op.aug_fn for step in transform.transforms for op in getattr(step, "ops", [])}
+    functions |= {op.aug_fn for step in transform.transforms for ops in getattr(step, "policy", []) for op in ops}
+    assert timm_ops.posterize not in functions
+    for function in functions & {posterize}:
+        assert not np.asarray(function(Image.new("RGB", (40, 40), "white"), 0)).any()
