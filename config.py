@@ -117,7 +117,7 @@ _C.TRAIN.EMA_DECAY = 0.0  # decay per step of a moving average of the weights, w
 _C.TRAIN.MAX_BAD_STEPS = 10  # steps in a row with a non-finite loss or gradient before the run stops
 _C.TRAIN.PARALLEL = "ddp"  # with several processes: ddp (each has the whole model) | fsdp (they share one sharded copy)
 _C.TRAIN.BEST_METRIC = "auto"  # metric by which best.pth is chosen: auto (the task's main metric) | acc1 | acc5 | loss
-_C.TRAIN.COMPILE = False  # compile the model with torch.compile
+_C.TRAIN.COMPILE = "auto"  # compile the model with torch.compile: auto (training on a GPU) | True | False
 _C.TRAIN.CUDA_GRAPHS = False  # experimental: never run on a GPU. With COMPILE: replay each step as one CUDA graph
 _C.TRAIN.BF16_PARAMS = False  # experimental: never run on a GPU. bfloat16 matrices, float32 masters in the optimizer
 
@@ -177,6 +177,7 @@ _C.FUSED_LAYERNORM = False  # no effect (see NO_EFFECT)
 # The type of each key: that of its default, except where the default does not tell.
 SCHEMA = {key: KeyType.of(default) for key, default in flatten(_C).items() if default not in (None, [])} | {
     "MODEL.SWIN.QK_SCALE": KeyType(float, optional=True),
+    "TRAIN.COMPILE": KeyType(bool, words=("auto",)),
     "AUG.CUTMIX_MINMAX": KeyType(float, list, optional=True),
     "TRAIN.LR_SCHEDULER.MULTISTEPS": KeyType(int, list),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
-from engine.setup import build_components, compile_in_place, load_pretrained
+from engine.setup import build_components, compile_in_place, load_pretrained, should_compile
 from engine.train_step import TrainComponents
 from models.pretrained.load import load_weights
 from tasks.build import open_data, val_batches
@@ -72,7 +72,7 @@ def evaluate_weights(config: CfgNode, dist_info: DistInfo) -> None:
     for name in ("model", "ema") if contents.get("ema") else ("model",):
         if name == "ema":
             load_weights(task.model, extract_state_dict({"model": contents["ema"]}, source), source=source)
-        if config.TRAIN.COMPILE:
+        if should_compile(config, dist_info):
             compile_in_place(task.model, dist_info.device, config.TRAIN.CUDA_GRAPHS, fixed_weights=True)
         metrics = evaluate(components, task, val)
         images = metrics.pop("images")

@@ -1,6 +1,7 @@
 """Builds the training components and loads given weights into them: what training, evaluation and throughput share."""
 
 import logging
+import os
 from dataclasses import replace
 
 import torch
@@ -87,7 +88,7 @@ def compile_and_wrap(config: CfgNode, dist_info: DistInfo, components: TrainComp
                 f"{describe(components.amp_dtype)}: give AMP_DTYPE bfloat16, or leave TRAIN.BF16_PARAMS out"
             )
         components = replace(components, bf16=Bf16Params(task.model))
-    if config.TRAIN.COMPILE:
+    if should_compile(config, dist_info):
         # While speed is measured the weights do not change.
         compile_in_place(task.model, dist_info.device, config.TRAIN.CUDA_GRAPHS, fixed_weights=config.THROUGHPUT_MODE)
     if uses_fsdp(config, dist_info):
@@ -144,6 +145,17 @@ def apply_fsdp(config: CfgNode, dist_info: DistInfo, components: TrainComponents
     return replace(components, optimizer=optimizer)
 
 
+def should_compile(config: CfgNode, dist_info: DistInfo) -> bool:
+    """Returns whether TRAIN.COMPILE asks for compilation here.
+
+    `auto` compiles for training and its measurement on a GPU: an eager step at 128 images is bound there by the CPU,
+    which launches the kernels.
+    """
+    if config.TRAIN.COMPILE != "auto":
+        return config.TRAIN.COMPILE
+    return dist_info.device.type == "cuda" and not config.EVAL_MODE and not uses_fsdp(config, dist_info)
+
+
 def compile_in_place(
     model: nn.Module, device: torch.device, cuda_graphs: bool = False, fixed_weights: bool = False
 ) -> bool:
@@ -176,7 +188,12 @@ def compile_in_place(
     model.compile(dynamic=False, mode="reduce-overhead" if cuda_graphs else None)
     # The tracer reads this global setting and ignores the same entry of `options=`.
     set_inductor_freezing(fixed_weights and device.type == "cpu")
-    log.info("the model is compiled at its first step, which takes up to minutes; later starts find it in a cache")
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "the temporary folder")
+    log.info(
+        "TRAIN.COMPILE: the model is compiled at its first step, which takes up to minutes; later starts find the code "
+        "in %s (TORCHINDUCTOR_CACHE_DIR)",
+        cache,
+    )
     return True
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from config import get_config
-from engine.setup import compile_in_place
+from engine.setup import compile_in_place, should_compile
 from models.build import build_model
+from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
 from utils.paths import REPO_ROOT
 
@@ -148,3 +149,23 @@ def test_compiled_training_on_a_gpu(cuda_graphs: bool):
                 parameter.data.mul_(0.99)
         assert found[1][0] == pytest.approx(found[0][0], rel=2e-2)
         assert (found[1][1] - found[0][1]).norm() < 5e-2 * found[0][1].norm()
+
+
+@pytest.mark.parametrize(
+    ("opts", "device", "compiled"),
+    [
+        ("", "cpu", False),
+        ("", "cuda", True),
+        ("EVAL_MODE True MODEL.PRETRAINED w.pth", "cuda", False),
+        ("THROUGHPUT_MODE True", "cuda", True),
+        ("TRAIN.COMPILE False", "cuda", False),
+        ("TRAIN.COMPILE True", "cpu", True),
+    ],
+)
+def test_auto_compiles_for_training_on_a_gpu(opts: str, device: str, compiled: bool):
+    assert should_compile(get_config(None, opts.split()), DistInfo.single(torch.device(device))) is compiled
+
+
+def test_auto_does_not_compile_with_fsdp():
+    dist_info = DistInfo(rank=0, world_size=2, local_rank=0, local_world_size=2, device=torch.device("cuda"))
+    assert not should_compile(get_config(None, ["TRAIN.PARALLEL", "fsdp"]), dist_info)

@@ -48,11 +48,13 @@ class KeyType:
 
     Attributes:
         optional: None is a value too.
+        words: texts that are values too, such as "auto".
     """
 
     element: type
     container: type | None = None
     optional: bool = False
+    words: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, default: object) -> "KeyType":
@@ -63,7 +65,7 @@ class KeyType:
 
     def __str__(self) -> str:
         noun = f"a list of {PLURALS[self.element]}" if self.container else NOUNS[self.element]
-        return f"{noun}, or None" if self.optional else noun
+        return ", or ".join([noun, *self.words, *(["None"] if self.optional else [])])
 
     def convert(self, value: object) -> object:
         """Converts `value` to this type.
@@ -73,6 +75,8 @@ class KeyType:
         """
         if self.optional and (value is None or isinstance(value, str) and value.strip().lower() in NONES):
             return None
+        if isinstance(value, str) and value.strip().lower() in self.words:
+            return value.strip().lower()
         if self.container is None:
             return self._convert_element(value)
         if isinstance(value, str):

@@ -242,7 +242,7 @@ def _validate_schedule(train: CfgNode, describe: Callable[[str], str]) -> Iterat
 
 def _validate_step(config: CfgNode, describe: Callable[[str], str]) -> Iterator[str]:
     train, timm = config.TRAIN, config.MODEL.TYPE == "timm"
-    if train.CUDA_GRAPHS and not train.COMPILE:
+    if train.CUDA_GRAPHS and train.COMPILE is not True:
         yield f"{describe('TRAIN.CUDA_GRAPHS')} replays compiled code: add TRAIN.COMPILE True, or leave it out."
     if train.CUDA_GRAPHS and train.ACCUMULATION_STEPS > 1:
         yield (
@@ -256,7 +256,7 @@ def _validate_step(config: CfgNode, describe: Callable[[str], str]) -> Iterator[
     if train.PARALLEL == "fsdp" and train.OPTIMIZER.NAME != "adamw":
         yield f"{describe('TRAIN.PARALLEL')} works only with adamw, not {describe('TRAIN.OPTIMIZER.NAME')}: set ddp."
     for other in ("COMPILE", "BF16_PARAMS"):
-        if train.PARALLEL == "fsdp" and train[other]:
+        if train.PARALLEL == "fsdp" and train[other] is True:
             yield (
                 f"{describe('TRAIN.PARALLEL')} does not work with {describe(f'TRAIN.{other}')}: set ddp, or "
                 f"{other} False."
