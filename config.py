@@ -309,7 +309,7 @@ def _from_timm(name: str, origin: str) -> dict[str, object]:
 
 def _log_no_effect(values: dict[str, object], origins: dict[str, str]) -> None:
     """Logs one line for each key without effect that was changed, or given as a flag."""
-    defaults, model_type = flatten(_C), values["MODEL.TYPE"]
+    defaults, model_type = flatten(_C), str(values["MODEL.TYPE"])
     for key, why in (NO_EFFECT | NO_EFFECT_FOR.get(model_type, {})).items():
         origin = origins.get(key, "")
         if values[key] != defaults[key] or origin.startswith("--") and key in NO_EFFECT:

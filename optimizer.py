@@ -1,5 +1,6 @@
 """Parameter groups (weight decay, layer-wise learning rates), the optimizers over them, and bfloat16 parameters."""
 
+from collections.abc import Callable, Iterator, Set
 from typing import Protocol
 
 import torch
@@ -14,13 +15,21 @@ class ParamGroupModel(Protocol):
 
     num_layer_ids: int
 
-    def named_parameters(self): ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
-    def no_weight_decay(self) -> set[str]:
+    def no_weight_decay(self) -> Set[str]:
         """Parts of names: parameters whose names contain one of them do not decay."""
 
-    def get_layer_id(self, name: str) -> int:
+    def get_layer_id(self, name: str, /) -> int:
         """The depth of a parameter: 0 for the patch embedding, `num_layer_ids - 1` for the head."""
+
+
+class Bf16Model(ParamGroupModel, Protocol):
+    """What `Bf16Params` needs of a model besides that."""
+
+    def get_submodule(self, target: str) -> nn.Module: ...
+
+    def register_state_dict_post_hook(self, hook: Callable[[nn.Module, dict, str, object], None]) -> object: ...
 
 
 def decayed_parameter_names(model: ParamGroupModel) -> set[str]:
@@ -87,7 +96,7 @@ class Bf16Params:
     numbers at each step. Several ranks exchange half the bytes, and sum them in bfloat16.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Bf16Model):
         self.masters: dict[str, nn.Parameter] = {}
         self.bf16_params: list[nn.Parameter] = []
         decayed = decayed_parameter_names(model)

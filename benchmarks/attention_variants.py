@@ -6,13 +6,17 @@ Shapes: `B` batch, `H W` token grid, `C` channels, `nW` windows, `M` side of a w
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from yacs.config import CfgNode
 
 from models.attention import WindowAttention
+from models.build import build_model
 from models.ops.window import MASK_VALUE, ShiftedWindows, padded_length, window_grid, window_partition
+from models.swin_transformer import SwinTransformer
 
 
 class PaddedWindows(ShiftedWindows):
@@ -68,6 +72,8 @@ class SlidingWindowAttention(nn.Module):
     before the token than after it.
     """
 
+    bias_index: Tensor
+
     def __init__(self, attention: WindowAttention):
         super().__init__()
         self.num_heads, self.scale = attention.num_heads, attention.scale
@@ -105,6 +111,8 @@ class PerformerAttention(nn.Module):
 
     It cannot have a relative position bias.
     """
+
+    directions: Tensor
 
     def __init__(self, attention: WindowAttention, features: int | None = None):
         super().__init__()
@@ -158,7 +166,7 @@ def keep(attention: WindowAttention) -> nn.Module:
     return attention
 
 
-VARIANTS = {  # the paper's names
+VARIANTS: dict[str, Callable[[WindowAttention], nn.Module]] = {  # the paper's names
     "sliding window (naive)": SlidingWindowAttention,
     "Performer": PerformerAttention,
     "window (w/o shifting)": disable_shift,
@@ -167,9 +175,24 @@ VARIANTS = {  # the paper's names
 }
 
 
-def replace_attention(model: nn.Module, variant: str) -> nn.Module:
+def attention_of(block: nn.Module) -> WindowAttention:
+    """The attention of a block of Swin V1. Raises TypeError for another block."""
+    attention = block.get_submodule("attn")
+    if not isinstance(attention, WindowAttention):
+        raise TypeError(f"a {type(attention).__name__} is not the attention of Swin V1")
+    return attention
+
+
+def replace_attention(model: SwinTransformer, variant: str) -> SwinTransformer:
     """Replaces every window attention of `model` by `variant`, a key of VARIANTS. Parameters stay. Returns `model`."""
-    for stage in model.layers:
-        for block in stage.blocks:
-            block.attn = VARIANTS[variant](block.attn)
+    for block in model.blocks():
+        block.register_module("attn", VARIANTS[variant](attention_of(block)))
+    return model
+
+
+def build_swin(config: CfgNode, num_classes: int | None = None) -> SwinTransformer:
+    """The model of a configuration, which has to be a Swin V1. Raises TypeError for another model."""
+    model = build_model(config, num_classes)
+    if not isinstance(model, SwinTransformer):
+        raise TypeError(f"{config.MODEL.NAME} is no Swin V1")
     return model

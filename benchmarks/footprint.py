@@ -157,7 +157,9 @@ def make_table(
         if not path.is_file():
             raise UserError(f"--models {name}: there is no configs/{name}.yaml; ls configs/ lists the recipes")
         config = get_config(path)
-        built = {variant: build_model(get_config(path, opts), CLASSES) for variant, opts in variants.items()}
+        built: dict[str, nn.Module | None] = {
+            variant: build_model(get_config(path, opts), CLASSES) for variant, opts in variants.items()
+        }
         built |= {library: build_with(library, architecture_of(config, CLASSES)) for library in libraries}
         counts = {
             key: count_forward(Logits(model), batch_size, config.DATA.IMG_SIZE) for key, model in built.items() if model

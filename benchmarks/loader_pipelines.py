@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from timm.data import ImageDataset, create_loader, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -37,6 +38,11 @@ OpenPipeline = Callable[[int, int], Batches]  # batch size, workers → batches
 def cpu_seconds(pid: int) -> float:
     """CPU time that process `pid` has used so far, in all its threads. Linux only."""
     return time.clock_gettime((~pid << 3) | 2)  # the clock that clock_getcpuclockid(3) returns
+
+
+def child_pids() -> set[int]:
+    """The process ids of the running worker processes."""
+    return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
 
 
 @contextmanager
@@ -147,6 +153,8 @@ class RepeatedImages:
 
     def __init__(self, images: Images):
         self.images = images
+        self.num_classes = images.num_classes
+        self.class_names = images.class_names
 
     def __len__(self) -> int:
         return 1000 * len(self.images)
@@ -154,7 +162,7 @@ class RepeatedImages:
     def path(self, i: int) -> str:
         return self.images.path(i % len(self.images))
 
-    def read(self, i: int) -> tuple[object, int]:
+    def read(self, i: int) -> tuple[bytes | Image.Image, int]:
         return self.images.read(i % len(self.images))
 
 
@@ -203,10 +211,10 @@ def compare_pipelines(
     with ExitStack() as stack:
         turns = {}
         for name, open_pipeline in pipelines.items():
-            before = {child.pid for child in multiprocessing.active_children()}
+            before = child_pids()
             iterator = stack.enter_context(open_pipeline(batch_size, 1))
             next(iterator)
-            (worker,) = {child.pid for child in multiprocessing.active_children()} - before
+            (worker,) = child_pids() - before
             pipeline = RunningPipeline(iterator, worker)
             pipeline.turn(1, batch_size)  # warm-up
             turns[name] = partial(pipeline.turn, batches, batch_size)

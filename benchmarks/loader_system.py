@@ -1,7 +1,6 @@
 """Measures whole runs: scaling over workers, memory, start-up with 1.28 million files, waiting for data."""
 
 import itertools
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -18,15 +17,15 @@ import torch
 from yacs.config import CfgNode
 
 from benchmarks.jpegs import write_folder
-from benchmarks.loader_pipelines import DIST_INFO, ENDLESS, OpenPipeline, cpu_seconds, own_config
+from benchmarks.loader_pipelines import DIST_INFO, ENDLESS, OpenPipeline, child_pids, cpu_seconds, own_config
 from benchmarks.runs import run_main
 from benchmarks.timing import interleave
 from config import get_config
 from data.build import Data, TrainBatches, build_datasets
-from data.datasets.base import FolderImages
+from data.datasets.base import FolderImages, open_folder
 from data.datasets.index import Index, Strings, cached
 from data.loader.sampler import epoch_permutation
-from data.transforms.native_transforms import prepare_train
+from data.transforms.native_transforms import GpuTrainTransform, prepare_train
 from data.transforms.reference import train_transform
 from engine.setup import build_components
 from engine.throughput import images_per_second, seconds_for
@@ -66,7 +65,7 @@ def _rates(open_pipeline: OpenPipeline, batch_size: int, batches: int, workers: 
     with open_pipeline(batch_size, workers) as iterator:
         for _ in range(3 * workers + 1):  # more than are prefetched
             next(iterator)
-        pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+        pids = [os.getpid(), *child_pids()]
         start, used = time.perf_counter(), sum(map(cpu_seconds, pids))
         for _ in range(batches):
             next(iterator)
@@ -82,7 +81,7 @@ def memory_table(root: Path, batch_size: int, workers: int) -> Table:
     ]  # fmt: skip
     table = Table("memory", "Memory of loader processes", columns)
     config = own_config(root, batch_size, workers, "native")
-    small = build_datasets(config, DIST_INFO).train
+    small = open_folder(root, "train")
     for repeat in (1, -(-IMAGENET // len(small))):
         images = _repeat_images(small, repeat)
         index = images.index
@@ -92,7 +91,7 @@ def memory_table(root: Path, batch_size: int, workers: int) -> Table:
         with batches.loader.started() as iterator:
             for _ in range(4 * workers):
                 next(iterator)
-            children = [child.pid for child in multiprocessing.active_children()]
+            children = child_pids()
             private = statistics.mean(_kilobytes(pid, "Private_Clean", "Private_Dirty") for pid in children) / 1e3
             total = sum(_kilobytes(pid, "Pss") for pid in [os.getpid(), *children]) / 1e3
         size = index.paths.blob.nbytes + index.paths.ends.nbytes + index.labels.nbytes
@@ -248,6 +247,8 @@ def _augmentation_seconds(config: CfgNode, device: torch.device) -> float:
         re_mode=aug.REMODE, re_count=aug.RECOUNT, interpolation=config.DATA.INTERPOLATION,
     )  # fmt: skip
     prepare = prepare_train("gpu", transform)
+    if not isinstance(prepare, GpuTrainTransform):
+        raise TypeError(f"{type(prepare).__name__} does not augment on the device")
     params = itertools.cycle([
         torch.from_numpy(np.stack([prepare.sample_params(size, size) for _ in range(batch_size)])) for _ in range(10)
     ])  # fmt: skip

@@ -139,7 +139,7 @@ COLUMNS = [
 
 def make_table(sizes: dict[str, ModelSize], cluster: Cluster, title: str, images_for: Callable[[int], int]) -> Table:
     """`images_for(gpus)`: images per GPU and step."""
-    rows = []
+    rows: list[Sequence[object]] = []
     for name, size in sizes.items():
         for gpus in GPUS:
             images = images_for(gpus)
@@ -193,7 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for assumption in fields(Cluster):
         flag = f"--{assumption.name.replace('_', '-')}"
-        positive = number(type(assumption.default), 1e-9, 1e12)
+        positive = number(int if isinstance(assumption.default, int) else float, 1e-9, 1e12)
         parser.add_argument(flag, type=positive, default=assumption.default, metavar="N")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the page there instead of printing it")
     return parser

@@ -164,7 +164,10 @@ def build_own_step(case: BenchmarkCase, device: torch.device, compile_mode: str,
 def build_peer_step(library: str, case: BenchmarkCase, device: torch.device, compile_mode: str) -> Step:
     """Another library's model in a minimal loop."""
     config = case.config()
-    model = Logits(build_with(library, architecture_of(config, CLASSES))).to(device)
+    peer = build_with(library, architecture_of(config, CLASSES))
+    if peer is None:
+        raise UserError(f"--libraries {library}: it has no model of the architecture of {case.model}; leave it out")
+    model = Logits(peer).to(device)
     if compile_mode == "tuned":
         disable_malloc_trim()
     # Freezing packs weights once, for inference on a CPU. Compiled models here do so; peers' users have to ask for it.
@@ -309,12 +312,12 @@ def merge_with_file(table: Table, path: Path) -> Table:
     if csv_header != header:
         raise UserError(f"--write {path}: {csv_path} has other columns; give another file, or delete it")
     new_keys = {tuple(map(str, row[:KEY_COLUMNS])) for row in table.rows}
-    kept = [
+    kept: list[Sequence[object]] = [
         row[:KEY_COLUMNS] + [float(value) if value else None for value in row[KEY_COLUMNS:]]
         for row in old_rows
         if tuple(row[:KEY_COLUMNS]) not in new_keys
     ]
-    table.rows = sorted(kept + table.rows, key=lambda row: (*row[:3], int(row[3])))
+    table.rows = sorted(kept + table.rows, key=lambda row: (*map(str, row[:3]), int(str(row[3]))))
     table.notes[1:1] = [line[2:] for line in path.read_text().splitlines() if line.startswith("- Run: ")]
     return table
 

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import Generic, TypeVar
 
 from benchmarks.timing import Step
+
+Info = TypeVar("Info")
 
 _step: Step  # set in the process that a SubprocessStep started
 
 
-class SubprocessStep:
+class SubprocessStep(Generic[Info]):
     """Builds a step in a new process, and runs it there when called.
 
     Process-wide settings that building makes, such as malloc's, do not affect other candidates.
@@ -21,10 +24,10 @@ class SubprocessStep:
         info: the second value that `start` returned.
     """
 
-    def __init__(self, start: Callable[..., tuple[Step, object]], *arguments: object):
+    def __init__(self, start: Callable[..., tuple[Step, Info]], *arguments: object):
         self._process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         try:
-            self.info = self._process.submit(_start, start, arguments).result()
+            self.info: Info = self._process.submit(_start, start, arguments).result()
         except BaseException:
             self.close()  # frees its memory for the other candidates
             raise
@@ -36,7 +39,7 @@ class SubprocessStep:
         self._process.shutdown()
 
 
-def _start(start: Callable[..., tuple[Step, object]], arguments: tuple) -> object:
+def _start(start: Callable[..., tuple[Step, Info]], arguments: tuple) -> Info:
     global _step
     _step, info = start(*arguments)
     return info

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from benchmarks.attention_variants import VARIANTS, replace_attention
+from benchmarks.attention_variants import VARIANTS, build_swin, replace_attention
 from benchmarks.paper import TABLE5
 from benchmarks.timing import InferenceTimer, Step, device_slug
 from config import get_config
-from models.build import build_model
+from models.swin_transformer import SwinTransformer
 from utils.paths import REPO_ROOT
 from utils.table import Column, Table
 
@@ -19,11 +19,11 @@ STAGES = (1, 2, 3, 4)
 class StageAttention(nn.Module):
     """The attention modules of one stage, one after the other, on a map of the stage's size."""
 
-    def __init__(self, model: nn.Module, stage: int):
+    def __init__(self, model: SwinTransformer, stage: int):
         super().__init__()
-        self.attentions = nn.ModuleList(block.attn for block in model.layers[stage - 1].blocks)
+        self.attentions = nn.ModuleList(block.get_submodule("attn") for block in model.layers[stage - 1].blocks)
         side = model.map_size[0] // 2 ** (stage - 1)
-        self.shape = (side, side, self.attentions[0].proj.in_features)
+        self.shape = (side, side, model.patch_embed.proj.out_channels * 2 ** (stage - 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
@@ -66,7 +66,7 @@ def step_builder(timer: InferenceTimer, variant: str, part: str) -> Callable[[],
 
     def build() -> Step:
         config = get_config(REPO_ROOT / "configs" / f"{RECIPES.get(part, 'swin_tiny')}.yaml")
-        model = replace_attention(build_model(config, 1000), variant)
+        model = replace_attention(build_swin(config, 1000), variant)
         if part in RECIPES:
             return timer.step(model, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
         attention = StageAttention(model, int(part))

@@ -5,9 +5,10 @@ import math
 import torch
 from torch import nn
 
+from benchmarks.attention_variants import attention_of, build_swin
 from benchmarks.paper import TABLE7, TABLE7_STAGES
 from config import get_config
-from models.build import build_model
+from models.layers import PatchEmbed, PatchMerging
 from utils.paths import REPO_ROOT
 from utils.table import Column, Table
 
@@ -37,17 +38,20 @@ def stages_of_model(recipe: str) -> list[tuple[str, str]]:
     """`describe_stage` of each stage of the recipe's model, from the shapes of its modules alone."""
     config = get_config(REPO_ROOT / "configs" / f"{recipe}.yaml")
     with torch.device("meta"):
-        model = build_model(config)
+        model = build_swin(config)
     stages, rate, width = [], 1, config.MODEL.SWIN.IN_CHANS
-    embeddings = [model.patch_embed, *(stage.downsample for stage in model.layers[:-1])]
+    embeddings: list[nn.Module | None] = [model.patch_embed, *(stage.downsample for stage in model.layers[:-1])]
     for embedding, stage in zip(embeddings, model.layers, strict=True):
-        if embedding is model.patch_embed:
+        if isinstance(embedding, PatchEmbed):
             concat, dim = embedding.proj.kernel_size[0], embedding.proj.out_channels
-        else:
+        elif isinstance(embedding, PatchMerging):
             concat, dim = math.isqrt(embedding.reduction.in_features // width), embedding.reduction.out_features
-        if not isinstance(embedding.norm, nn.LayerNorm) or any(b.attn.proj.in_features != dim for b in stage.blocks):
+        else:
+            raise TypeError(f"{recipe}: a stage begins with {embedding}")
+        attentions = [attention_of(block) for block in stage.blocks]
+        if not isinstance(embedding.norm, nn.LayerNorm) or any(each.proj.in_features != dim for each in attentions):
             raise ValueError(f"{recipe}: a stage of {dim} channels is not built as the table describes stages")
-        attention = stage.blocks[0].attn
+        attention = attentions[0]
         rate, width = rate * concat, dim
         side, window = attention.windows.map_size[0], attention.windows.window
         stages.append(describe_stage(rate, side, window, concat, dim, len(stage.blocks), attention.num_heads))

@@ -32,9 +32,9 @@ RESULTS = REPO_ROOT / "benchmarks" / "results"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    rows = argparse.ArgumentParser(add_help=False)
+    rows = CliParser(add_help=False)
     rows.add_argument("--only", metavar="ROW", nargs="+", default=[], help="only these rows of the table")
-    timing = argparse.ArgumentParser(add_help=False)
+    timing = CliParser(add_help=False)
     timing.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     timing.add_argument(
         "--batch-size", type=number(int, 1, 65536), default=64, metavar="N", help="images at a time (64)"
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--rounds", type=number(int, 1, 1e4), default=5, metavar="N", help="medians are taken over these (5)"
     )
     timing.add_argument("--amp-dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    data = argparse.ArgumentParser(add_help=False)
+    data = CliParser(add_help=False)
     data.add_argument("--data-path", metavar="DIR", default="", help="ImageNet: evaluate or train on it")
     data.add_argument("--opts", metavar="KEY VALUE", nargs="+", default=[], help="keys for main.py")
 

@@ -108,7 +108,11 @@ class InferenceTimer:
             return rate
 
         rates = interleave({name: partial(turn, name) for name in builders}, self.rounds)
-        return {name: None if None in values else statistics.median(values) for name, values in rates.items()}
+        measured = {name: [rate for rate in values if rate is not None] for name, values in rates.items()}
+        return {
+            name: statistics.median(values) if len(values) == len(rates[name]) else None
+            for name, values in measured.items()
+        }
 
     @property
     def note(self) -> str:

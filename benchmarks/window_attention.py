@@ -11,6 +11,7 @@ gradients written once. Repeated reads within a kernel are not counted, but they
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -148,7 +149,7 @@ def time_table(shapes: Sequence[Shape], batch_size: int, seconds: float) -> Tabl
             for impl in ("sdpa", "triton"):
                 call = AttentionCall(shape, shifted, impl, batch_size, "cuda")
                 out = call.forward()
-                steps: list[Step] = [call.forward, lambda call=call, out=out: call.backward(out)]
+                steps: list[Step] = [call.forward, partial(call.backward, out)]
                 times = [seconds_per_call(step, seconds) for step in steps]
                 sdpa_times = sdpa_times or times
                 row: list[object] = [shape.name, "yes" if shifted else "no", impl]

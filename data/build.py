@@ -5,7 +5,7 @@ B images of a micro-batch, K classes, S image size.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,13 @@ class Data:
     val: Images
     num_classes: int
     class_names: list[str] | None
+
+    @property
+    def train_images(self) -> Images:
+        """The training images. Raises ValueError where there are none."""
+        if self.train is None:
+            raise ValueError("the data were opened for evaluation only")
+        return self.train
 
 
 def build_datasets(config: CfgNode, dist_info: DistInfo) -> Data:
@@ -139,21 +146,20 @@ class TrainBatches:
             UserError: an odd DATA.BATCH_SIZE with mixing.
             ValueError: start to stop is not a whole number of micro-batches of all processes.
         """
-        if data.train is None:
-            raise ValueError("the data were opened for evaluation only")
+        images = data.train_images
         if transform is None:
             transform, mixer = build_train_transform(config), build_mixup(config, data.num_classes)
         prepare = prepare_train(config.DATA.BACKEND, transform)
-        samples = TrainSamples(data.train, LabelledImage(prepare), config.SEED, config.DATA.MAX_BAD_IMAGES)
+        samples = TrainSamples(images, LabelledImage(prepare), config.SEED, config.DATA.MAX_BAD_IMAGES)
         self.wait_seconds = 0.0
         self._augment = prepare.augment if isinstance(prepare, GpuTrainTransform) else None
         self._mixer = mixer
-        self._example = data.train.path(0)
+        self._example = images.path(0)
         self._batch_size = config.DATA.BATCH_SIZE
         self._num_workers = config.DATA.NUM_WORKERS
         self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "replaced by the next good one")
         self._sampler = StreamSampler(
-            n=len(data.train),
+            n=len(images),
             seed=config.SEED,
             batch_size=self._batch_size,
             rank=dist_info.rank,
@@ -177,7 +183,7 @@ class TrainBatches:
     def __len__(self) -> int:
         return len(self._sampler)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor | int]]:
+    def __iter__(self) -> Generator[dict[str, Tensor | int], None, None]:
         """Raises UserError when a worker dies or there are more bad images than DATA.MAX_BAD_IMAGES."""
         with self.loader.started() as batches:
             for position in self._sampler.positions:
@@ -213,7 +219,7 @@ class ValBatches:
     def __init__(self, config: CfgNode, data: Data, dist_info: DistInfo, preset: EvalPreset):
         batch_size = config.DATA.BATCH_SIZE
         indices = eval_indices(len(data.val), dist_info.rank, dist_info.world_size)
-        batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+        batches = [indices[i : i + batch_size].tolist() for i in range(0, len(indices), batch_size)]
         log.info("evaluation preset: %s (%s)", preset.origin, preset.description)
         self._num_workers = min(config.DATA.NUM_WORKERS, len(batches))
         self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "left out")

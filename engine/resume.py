@@ -120,8 +120,8 @@ def check_resume_data(
     """
     images_per_micro_step = config.DATA.BATCH_SIZE * dist_info.world_size
     current = TrainDataInfo(
-        num_images=len(data.train),
-        dataset_digest=dataset_digest(data.train),
+        num_images=len(data.train_images),
+        dataset_digest=dataset_digest(data.train_images),
         global_batch_size=images_per_micro_step * config.TRAIN.ACCUMULATION_STEPS,
     )
     if point is None:

@@ -7,6 +7,7 @@ images; no flags, no files, no Swin.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from typing import Protocol, cast
 
 import torch
 from timm.utils import ModelEmaV3
@@ -22,6 +23,12 @@ from utils.metrics import Sums
 from utils.seed import derive, seed_device
 
 STEP_SUMS = ("steps", "finite", "loss", "grad_norm")
+
+
+class FusedOptimizer(Protocol):
+    """What fused optimizers read besides gradients: 1 lets them skip the step."""
+
+    found_inf: Tensor
 
 
 @dataclass
@@ -51,6 +58,10 @@ class TrainState:
                 return False
         self.best_metric, self.best_loss = value, loss
         return True
+
+    def best_as(self, name: str) -> dict[str, float]:
+        """Returns the best metric by this name; nothing before the first evaluation."""
+        return {} if self.best_metric is None else {name: self.best_metric}
 
     def state_dict(self) -> dict:
         return asdict(self)
@@ -223,7 +234,8 @@ def train_step(components: TrainComponents, first: Batch, batches: Iterator[Batc
     if components.clip_grad > 0:
         clip_grads_with_norm_(parameters, components.clip_grad, grad_norm)
     if not components.scaler.is_enabled():
-        components.optimizer.found_inf = (~grad_norm.isfinite()).float()
+        # The cast: PyTorch declares the attribute nowhere.
+        cast(FusedOptimizer, components.optimizer).found_inf = (~grad_norm.isfinite()).float()
     components.scaler.step(components.optimizer)
     components.scaler.update()
     if components.bf16 is not None:
@@ -238,8 +250,8 @@ def _forward_backward(components: TrainComponents, batch: Batch, is_last: bool) 
     """Adds the gradients of one micro-batch; the ranks exchange them after the last one. Returns its losses."""
     task = components.task
     # bfloat16 gradients are exchanged after each micro-batch, since they are accumulated in float32 masters.
-    defer_grad_sync = isinstance(task, DistributedDataParallel) and not is_last and components.bf16 is None
-    with task.no_sync() if defer_grad_sync else nullcontext():
+    defer_grad_sync = not is_last and components.bf16 is None
+    with task.no_sync() if defer_grad_sync and isinstance(task, DistributedDataParallel) else nullcontext():
         with components.autocast():
             output = task(batch)
         loss = output["loss"]

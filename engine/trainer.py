@@ -191,7 +191,8 @@ class Trainer:
         """
         train = train_batches(self.config, self.data, self.dist_info, self.state.images_seen, self.clock.total_images)
         val = val_batches(self.config, self.data, self.dist_info)
-        logger, stream = None, iter(train)
+        logger = None
+        stream: Iterator[Batch] = iter(train)
         if self.dist_info.is_main:
             logger = self._open_logger()
             if self.state.images_seen == 0:
@@ -259,7 +260,7 @@ class Trainer:
         improved = self._update_best(evaluated)
         if logger:
             metrics |= {"lr": self.schedule.at(self.clock.step - 1), "skipped": state.skipped}
-            logger.log_epoch(epoch, self.clock.step, state.images_seen, metrics | {"best": state.best_metric})
+            logger.log_epoch(epoch, self.clock.step, state.images_seen, metrics | state.best_as("best"))
         numbered = epoch % self.config.SAVE_FREQ == 0 or epoch == self.config.TRAIN.EPOCHS
         self._save(checkpointer, epoch if numbered else None, improved)
         return True
@@ -356,7 +357,7 @@ def log_results(task: Task, metric: str, run_dir: RunDir, checkpoints: Checkpoin
     evaluate = ["python", "main.py", "--cfg", str(run_dir.config_file), "--eval", "--resume", str(checkpoints.best)]
     log.info(
         "best %s\n  log           less %s\n  TensorBoard   tensorboard --logdir %s\n  best weights  %s",
-        task.describe({metric: state.best_metric}),
+        task.describe(state.best_as(metric)),
         shlex.quote(str(run_dir.log_file)),
         shlex.quote(str(run_dir.tensorboard)),
         shlex.join(evaluate),

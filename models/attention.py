@@ -30,6 +30,11 @@ class ShiftedWindowAttention(nn.Module):
         impl: implementation, see `models.ops.dispatch.window_attention`.
     """
 
+    qkv: nn.Linear
+    proj: nn.Linear
+    proj_drop: nn.Dropout
+    relative_position_index: Tensor  # of those with a relative position bias
+
     def __init__(
         self, num_heads: int, map_size: tuple[int, int], window: int, shifted: bool, attn_drop: float, impl: str
     ):
@@ -72,6 +77,8 @@ class WindowAttention(ShiftedWindowAttention):
             queries and keys. "none": no bias. "bias_only": the bias is the score, so that attention depends on
             positions and not on content, and `qkv` projects to values only.
     """
+
+    zero_bias: Tensor
 
     def __init__(
         self,

@@ -7,11 +7,13 @@ Shapes: `B` batch, `H W` token grid, `C` channels, `nH` heads. Token maps are (B
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from models.layers import PatchEmbed, PatchMerging, Stage, init_linear, resize_grid
+from models.trainable import TrainableModel
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class BlockSpec:
     drop_path_skip: bool
 
 
-class Backbone(nn.Module):
+class Backbone(TrainableModel):
     """A Swin of any kind (Swin Transformer, section 3.1, figure 3).
 
     Args:
@@ -89,16 +91,15 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.depths = tuple(depths)
+        self.num_layer_ids = sum(depths) + 2  # the embedding, each block, and the layers after the last block
         side = -(-img_size // patch_size)  # of the token map; rounded up, because the embedding pads
         self.map_size = (side, side)
-        if ape:
-            self.absolute_pos_embed = nn.Parameter(torch.empty(1, side * side, embed_dim))
+        self.absolute_pos_embed = nn.Parameter(torch.empty(1, side * side, embed_dim)) if ape else None
+        if self.absolute_pos_embed is not None:
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
-        else:
-            self.absolute_pos_embed = None
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, patch_norm)
         self.pos_drop = nn.Dropout(drop_rate)
-        self.layers = nn.ModuleList()
+        stages = []
         last_block = max(sum(depths) - 1, 1)
         for i, depth in enumerate(depths):
             dim = embed_dim * 2**i
@@ -120,8 +121,9 @@ class Backbone(nn.Module):
                 for j in range(depth)
             ]
             downsample = PatchMerging(dim, merging_norm_last) if i < len(depths) - 1 else None
-            self.layers.append(Stage(blocks, downsample, use_checkpoint))
+            stages.append(Stage(blocks, downsample, use_checkpoint))
             side = -(-side // 2)
+        self.layers = cast(Sequence[Stage], nn.ModuleList(stages))  # whose own type is one of any modules
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self.apply(init_linear)
@@ -138,9 +140,15 @@ class Backbone(nn.Module):
         """
         x = self.patch_embed(x)
         if self.absolute_pos_embed is not None:
-            size = tuple(x.shape[1:3])
+            size = (x.shape[1], x.shape[2])
             x = x + resize_grid(self.absolute_pos_embed[0], self.map_size, size).unflatten(0, size)
         return self.pos_drop(x)
+
+    @overload
+    def forward_features(self, x: Tensor, out_indices: None = None) -> Tensor: ...
+
+    @overload
+    def forward_features(self, x: Tensor, out_indices: Sequence[int]) -> list[Tensor]: ...
 
     def forward_features(self, x: Tensor, out_indices: Sequence[int] | None = None) -> Tensor | list[Tensor]:
         """Computes the feature maps of images (B, in_chans, height, width).
@@ -176,11 +184,6 @@ class Backbone(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Returns parts of the names of the matrices that are exempt from weight decay."""
         return {"absolute_pos_embed"}
-
-    @property
-    def num_layer_ids(self) -> int:
-        """Number of values of `get_layer_id`: the embedding, each block, and the layers after the last block."""
-        return sum(self.depths) + 2
 
     def get_layer_id(self, name: str) -> int:
         """Returns the depth of the parameter `name`, from 0, for layer-wise learning-rate decay."""

@@ -1,6 +1,5 @@
 """Builds a model from the configuration. The only file of this package that reads the configuration."""
 
-from torch import nn
 from yacs.config import CfgNode
 
 from models.other_libraries import Architecture
@@ -8,6 +7,7 @@ from models.swin_mlp import SwinMLP
 from models.swin_transformer import SwinTransformer
 from models.swin_transformer_v2 import SwinTransformerV2
 from models.timm_model import build_timm_model
+from models.trainable import TrainableModel
 from utils.config.rules import SECTIONS
 from utils.errors import UserError
 
@@ -21,7 +21,7 @@ POSITIONS = {
 }
 
 
-def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
+def build_model(config: CfgNode, num_classes: int | None = None) -> TrainableModel:
     """Builds the model that `config.MODEL` describes, freshly initialised.
 
     Args:
@@ -90,7 +90,7 @@ def input_channels(config: CfgNode) -> int:
     return _architecture(config).IN_CHANS if config.MODEL.TYPE in SECTIONS else 3
 
 
-def _build_timm(config: CfgNode, num_classes: int) -> nn.Module:
+def _build_timm(config: CfgNode, num_classes: int) -> TrainableModel:
     name = config.MODEL.NAME
     model = build_timm_model(
         name,

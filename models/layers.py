@@ -91,6 +91,12 @@ class PatchMerging(nn.Module):
         return self.norm(self.reduction(x)) if self.norm_last else self.reduction(self.norm(x))
 
 
+class GeluContext(FunctionCtx):
+    """The type of the context that PyTorch passes to the two functions below."""
+
+    saved_tensors: tuple[Tensor, Tensor]
+
+
 class GeluLinearRecompute(torch.autograd.Function):
     """Computes F.linear(F.gelu(x), weight, bias), but keeps only x for the backward pass and recomputes gelu(x).
 
@@ -103,11 +109,11 @@ class GeluLinearRecompute(torch.autograd.Function):
         return F.linear(F.gelu(x), weight, bias)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: GeluContext, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: GeluContext, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         rows = grad_out.flatten(0, -2)  # (tokens, C)
         grad_x = torch.ops.aten.gelu_backward((rows @ weight).view(x.shape), x)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -32,7 +32,8 @@ class Architecture:
     pretrained_window_sizes: tuple[int, ...] = ()
 
     @property
-    def v2_arguments(self) -> dict[str, list[int]]:
+    def v2_arguments(self) -> dict[str, Any]:
+        """The arguments that only the libraries' Swin V2 takes."""
         if self.model_type != "swinv2":
             return {}
         return {"pretrained_window_sizes": list(self.pretrained_window_sizes or (0,) * len(self.depths))}
@@ -66,19 +67,21 @@ def torchvision_swin(architecture: Architecture) -> nn.Module | None:
     return torchvision.models.get_model(name, weights=None, num_classes=architecture.num_classes)
 
 
-def transformers_config(architecture: Architecture) -> "transformers.PretrainedConfig":
+def transformers_config(architecture: Architecture) -> "transformers.SwinConfig | transformers.Swinv2Config":
     """The configuration of this architecture in transformers."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: nothing here needs the network
     import transformers
 
     config_class = transformers.Swinv2Config if architecture.model_type == "swinv2" else transformers.SwinConfig
+    # The classes do not declare `num_labels`: they hand it on to their base class.
+    labels: dict[str, Any] = {"num_labels": architecture.num_classes}
     return config_class(
         image_size=architecture.img_size,
-        num_labels=architecture.num_classes,
         embed_dim=architecture.embed_dim,
         depths=list(architecture.depths),
         num_heads=list(architecture.num_heads),
         window_size=architecture.window_size,
+        **labels,
         **architecture.v2_arguments,
     )
 
@@ -88,8 +91,9 @@ def transformers_swin(architecture: Architecture) -> nn.Module:
     settings = transformers_config(architecture)
     import transformers
 
-    v2 = architecture.model_type == "swinv2"
-    return (transformers.Swinv2ForImageClassification if v2 else transformers.SwinForImageClassification)(settings)
+    if isinstance(settings, transformers.Swinv2Config):
+        return transformers.Swinv2ForImageClassification(settings)
+    return transformers.SwinForImageClassification(settings)
 
 
 LIBRARIES: dict[str, Callable[[Architecture], nn.Module | None]] = {

@@ -57,6 +57,8 @@ class CosineWindowAttention(ShiftedWindowAttention):
         pretrained_window: see `log_spaced_offsets`.
     """
 
+    relative_coords_table: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -93,7 +95,9 @@ class CosineWindowAttention(ShiftedWindowAttention):
 
     def attend(self, x: Tensor, dropout_p: float) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
-        bias = None if self.q_bias is None else torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = self.unflatten_heads(F.linear(x, self.qkv.weight, bias))
         log_scale = self.logit_scale.to(accumulate_dtype(self.logit_scale.dtype))
         scale = log_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp().flatten()  # (nH,)
@@ -102,8 +106,13 @@ class CosineWindowAttention(ShiftedWindowAttention):
 
 class SwinTransformerV2Block(SwinTransformerBlock):
     """V1's block with each LayerNorm at the end of its branch, so that activations do not grow with depth (section 3.2,
-    figure 1).
+    figure 1). Their weights start at zero, so each residual branch starts at zero.
     """
+
+    def __init__(self, spec: BlockSpec, attention: ShiftedWindowAttention):
+        super().__init__(spec, attention)
+        nn.init.zeros_(self.norm1.weight)
+        nn.init.zeros_(self.norm2.weight)
 
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
@@ -112,7 +121,7 @@ class SwinTransformerV2Block(SwinTransformerBlock):
 
 
 class SwinTransformerV2(Backbone):
-    """V2. The norm weights of the blocks start at zero, so each residual branch starts at zero.
+    """V2, a network of `SwinTransformerV2Block`.
 
     Args:
         img_size, window_size: see `models.backbone.Backbone`.
@@ -151,9 +160,6 @@ class SwinTransformerV2(Backbone):
             return SwinTransformerV2Block(spec, attention)
 
         super().__init__(make_block, img_size=img_size, window_size=window_size, merging_norm_last=True, **backbone)
-        for block in self.blocks():
-            nn.init.zeros_(block.norm1.weight)
-            nn.init.zeros_(block.norm2.weight)
 
     def no_weight_decay(self) -> set[str]:
         """Returns parts of the names of the matrices that are exempt from weight decay."""

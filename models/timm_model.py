@@ -6,12 +6,14 @@ The model is not wrapped: parameters keep timm's names, so timm's weights load w
 import fnmatch
 import functools
 import logging
-import operator
+from collections.abc import Callable, Collection
+from typing import Any, cast
 
 import timm
 from timm.models import group_parameters
 from torch import nn
 
+from models.trainable import TrainableModel
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ def build_timm_model(
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
     use_checkpoint: bool = False,
-) -> nn.Module:
+) -> TrainableModel:
     """Builds timm's model `name`, freshly initialised, with `no_weight_decay` and `get_layer_id` as in `Backbone`.
 
     Arguments that the model does not take are left out, with a warning: many convolutional models have no stochastic
@@ -43,19 +45,20 @@ def build_timm_model(
     """
     if not timm.is_model(name):
         raise UserError(f"MODEL.NAME {name!r} is no model of timm {timm.__version__}; timm.list_models() names them.")
-    optional = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    optional: dict[str, Any] = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
     pretrained_cfg = timm.get_pretrained_cfg(name)
     if pretrained_cfg is not None and pretrained_cfg.input_size[-1] != img_size:
         optional["img_size"] = img_size
     model = _create(name, num_classes, optional)
     if use_checkpoint:
-        if not hasattr(model, "set_grad_checkpointing"):
+        set_grad_checkpointing: Callable[[bool], None] | None = getattr(model, "set_grad_checkpointing", None)
+        if set_grad_checkpointing is None:
             raise UserError(f"TRAIN.USE_CHECKPOINT: timm's {name} cannot recompute activations; set it to False.")
-        model.set_grad_checkpointing(True)
+        set_grad_checkpointing(True)
     return _add_param_group_api(model)
 
 
-def _create(name: str, num_classes: int, optional: dict[str, float]) -> nn.Module:
+def _create(name: str, num_classes: int, optional: dict[str, Any]) -> nn.Module:
     """Creates the model with those of the `optional` arguments that it takes."""
     optional = dict(optional)
     while True:
@@ -72,17 +75,20 @@ def _create(name: str, num_classes: int, optional: dict[str, float]) -> nn.Modul
             raise UserError(f"timm's {name} cannot be built with {optional}: {error}. Change DATA.IMG_SIZE.") from error
 
 
-def _add_param_group_api(model: nn.Module) -> nn.Module:
+def _add_param_group_api(model: nn.Module) -> TrainableModel:
     """Adds `no_weight_decay`, `num_layer_ids` and `get_layer_id`, from timm's own definitions, to this instance.
 
     `num_layer_ids` and `get_layer_id` are missing if timm does not define the order of the layers.
     """
-    patterns = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    timm_no_weight_decay: Callable[[], Collection[str]] | None = getattr(model, "no_weight_decay", None)
+    timm_group_matcher: Callable[..., dict[str, Any]] | None = getattr(model, "group_matcher", None)
+    patterns = () if timm_no_weight_decay is None else timm_no_weight_decay()
     names = [name for name, _ in model.named_parameters()]
     exempt = frozenset(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
-    model.no_weight_decay = functools.partial(frozenset, exempt)
-    if hasattr(model, "group_matcher"):
-        layer_ids = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-        model.num_layer_ids = max(layer_ids.values()) + 1
-        model.get_layer_id = functools.partial(operator.getitem, layer_ids)  # not a lambda: it has to be picklable
-    return model
+    trainable = cast(TrainableModel, model)  # is one, once the attributes below are set
+    trainable.no_weight_decay = functools.partial(frozenset, exempt)
+    if timm_group_matcher is not None:
+        layer_ids: dict[str, int] = group_parameters(model, timm_group_matcher(coarse=False), reverse=True)
+        trainable.num_layer_ids = max(layer_ids.values()) + 1
+        trainable.get_layer_id = layer_ids.__getitem__  # no lambda: it has to be picklable
+    return trainable

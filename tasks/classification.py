@@ -8,6 +8,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.trainable import TrainableModel
 from tasks.task import Batch, Task
 from utils.metrics import Sums
 from utils.tracking.image_grid import caption_of, captioned_grid
@@ -25,7 +26,7 @@ class Classification(Task):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: TrainableModel,
         label_smoothing: float = 0.0,
         *,
         input_shape: tuple[int, int, int] = (3, 224, 224),

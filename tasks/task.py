@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from models.trainable import TrainableModel
+
 Batch = dict[str, Any]  # named tensors on the device; a training batch also has its stream `position`
 
 
@@ -28,14 +30,14 @@ class Task(nn.Module, ABC):
     """One kind of training. A subclass sets the attributes and implements the methods; see `tasks/classification.py`.
 
     Attributes:
-        model: everything that is trained, saved and averaged. It offers `no_weight_decay()`, `get_layer_id(name)` and
-            `num_layer_ids` to the optimizer, and `blocks()` to FSDP; a model around a backbone forwards them.
+        model: everything that is trained, saved and averaged. It offers the optimizer and FSDP what `TrainableModel`
+            lists; a model around a backbone forwards them.
         metrics: the metrics that `evaluator` returns, each with whether a higher value is better. `loss` is one.
         main_metric: the metric that selects the best checkpoint unless TRAIN.BEST_METRIC names another.
         loss_terms: further entries of what `forward` returns, 0-dim tensors that are logged by name.
     """
 
-    model: nn.Module
+    model: TrainableModel
     metrics: dict[str, bool]
     main_metric: str
     loss_terms: tuple[str, ...] = ()

@@ -38,7 +38,7 @@ from data.build import build_datasets
 from data.codecs.pillow_decode import BadImage
 from data.datasets.base import Images, dataset_digest
 from data.datasets.pack_writer import ImageEncoder, ShardWriter, folder_lock
-from data.datasets.packed import FORMAT, INDEX, open_packed
+from data.datasets.packed import FORMAT, INDEX, PackedImages, open_packed
 from utils.cli import CliParser, number, run_cli
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
@@ -166,7 +166,7 @@ def pack(options: PackOptions) -> None:
     }
     config = get_config(None, [word for item in opts.items() for word in item])
     data = build_datasets(config, DistInfo.single(torch.device("cpu")))
-    for split, images in (("train", data.train), ("val", data.val)):
+    for split, images in (("train", data.train_images), ("val", data.val)):
         if (output / split / INDEX).exists():
             log.info("%s is already complete", output / split)
         else:
@@ -228,7 +228,7 @@ def verify(output: Path, workers: int) -> None:
 class Check:
     """Reads an image. Returns its size in bytes, and what is wrong with it or ""."""
 
-    images: Images
+    images: PackedImages
 
     def __call__(self, i: int) -> tuple[int, str]:
         try:

@@ -54,7 +54,7 @@ def set_inductor_freezing(enabled: bool) -> None:
     torch._inductor.config.freezing = enabled
 
 
-def ddp_without_buffer_sync() -> dict[str, bool]:
+def ddp_without_buffer_sync() -> dict[str, Any]:
     """The argument of DistributedDataParallel that turns off the broadcast of buffers; torch 2.14 renamed it.
 
     Checked: torch 2.10 to 2.14.

@@ -3,7 +3,7 @@
 ORIGINS = ("original", "timm", "torchvision", "hf")  # "original": the code of the paper's authors; "hf": transformers
 
 # torchvision's model names by MODEL.TYPE, channels of the first stage, and depths.
-TORCHVISION_NAMES = {
+TORCHVISION_NAMES: dict[tuple[str, int, tuple[int, ...]], str] = {
     ("swin", 96, (2, 2, 6, 2)): "swin_t",
     ("swin", 96, (2, 2, 18, 2)): "swin_s",
     ("swin", 128, (2, 2, 18, 2)): "swin_b",

@@ -4,6 +4,7 @@ import csv
 import io
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Table:
     stem: str
     title: str
     columns: list[Column]
-    rows: list[list[object]] = field(default_factory=list)
+    rows: list[Sequence[object]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def cells(self) -> list[list[str]]:

@@ -39,7 +39,7 @@ class CropResizeParams(ctypes.Structure):
 
     def moved_to(self, left: int, top: int) -> "CropResizeParams":
         """The same for an image in which the crop is at (`left`, `top`)."""
-        return CropResizeParams(left, top, *(getattr(self, name) for name, _ in self._fields_[2:]))
+        return CropResizeParams(left, top, *(getattr(self, name) for name, *_ in self._fields_[2:]))
 
 
 class OpenedImage:

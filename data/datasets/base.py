@@ -33,7 +33,9 @@ class Images(Protocol):
     """A map-style source of images. `class_names` is by label, None when unknown."""
 
     num_classes: int
-    class_names: list[str] | None
+
+    @property
+    def class_names(self) -> list[str] | None: ...
 
     def __len__(self) -> int: ...
 
@@ -84,7 +86,7 @@ def dataset_digest(images: Images) -> str:
     index = getattr(images, "index", None)
     if index is not None:
         for buffer in (index.paths.blob, index.paths.ends, index.labels):
-            digest.update(np.ascontiguousarray(buffer))
+            digest.update(np.ascontiguousarray(buffer).data)
     return digest.hexdigest()
 
 
@@ -98,7 +100,7 @@ def open_folder(root: Path, split: str) -> FolderImages:
         index = cached(root, split, lambda: index_folder(folder))
     except OSError as error:
         raise UserError(f"DATA.DATA_PATH: {folder} cannot be read: {error}. Repair or remove that") from error
-    return FolderImages(folder, index, len(index.class_names))
+    return FolderImages(folder, index, len(index.class_names or ()))
 
 
 def open_zip(root: Path, split: str, cache_mode: str, local_rank: int, local_world_size: int) -> ZipImages:

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -111,7 +112,7 @@ def _stamp(path: Path) -> list[int]:
 
 def _save(cache_files: list[Path], index: Index, stamps: dict[str, list[int]]) -> None:
     head = {"format": FORMAT, "stamps": stamps, "class_names": index.class_names}
-    arrays = {"head": np.frombuffer(json.dumps(head).encode(), np.uint8), "labels": index.labels}
+    arrays: dict[str, Any] = {"head": np.frombuffer(json.dumps(head).encode(), np.uint8), "labels": index.labels}
     arrays |= {"blob": index.paths.blob, "ends": index.paths.ends}
     arrays |= {f"column_{name}": values for name, values in index.columns.items()}
     for cache_file in cache_files:

@@ -12,8 +12,9 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -87,9 +88,9 @@ class Shard:
     names: list[str] = field(default_factory=list)
     bytes: int = 0
 
-    def pack(self, class_names: list[str] | None, num_classes: int, settings: dict[str, object]) -> Pack:
+    def pack(self, class_names: list[str] | None, num_classes: int, settings: dict[str, Any]) -> Pack:
         offset, size, crc, label = np.array(self.rows, np.int64).reshape(-1, 4).T
-        columns = {
+        columns: dict[str, np.ndarray] = {
             "shard": np.full(len(label), self.number, np.int32),
             "offset": offset,
             "size": size.astype(np.int32),
@@ -111,7 +112,7 @@ class ShardWriter:
 
     images: Images
     folder: Path
-    settings: dict[str, object]
+    settings: dict[str, Any]
     names: Callable[[int], str]
     encode: Callable[[range], Generator[EncodedImage, None, None]]
     progress: Callable[[int, int], None]
@@ -127,7 +128,7 @@ class ShardWriter:
             while start < total:
                 shard = Shard(len(parts), start, bad)
                 path = shard_path(self.folder, shard.number)
-                write_atomically(path, lambda file, shard=shard: self.fill(file, shard, stream))
+                write_atomically(path, partial(self.fill, shard=shard, stream=stream))
                 if not shard.rows:
                     path.unlink()  # all remaining images of the split were bad
                     break
@@ -168,7 +169,7 @@ class ShardWriter:
         """The shards that an earlier attempt completed. Removes its unfinished files."""
         for unfinished in self.folder.glob(f".*{TEMPORARY}"):
             unfinished.unlink()
-        parts = []
+        parts: list[Pack] = []
         while self.part_path(len(parts)).is_file():
             parts.append(Pack.load(self.part_path(len(parts))))
             saved = {key: value for key, value in parts[-1].settings.items() if key not in ("next", "bad")}

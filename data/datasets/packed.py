@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class Pack:
 
     index: Index
     num_classes: int
-    settings: dict[str, object]
+    settings: dict[str, Any]  # as JSON has them
 
     def save(self, path: Path) -> None:
         """Writes the index file. Raises OSError."""
@@ -49,7 +50,10 @@ class Pack:
             "num_classes": self.num_classes,
             "settings": self.settings,
         }
-        arrays = {"head": np.frombuffer(json.dumps(head).encode(), np.uint8), "labels": self.index.labels}
+        arrays: dict[str, Any] = {
+            "head": np.frombuffer(json.dumps(head).encode(), np.uint8),
+            "labels": self.index.labels,
+        }
         arrays |= {"blob": self.index.paths.blob, "ends": self.index.paths.ends, **self.index.columns}
         write_atomically(path, lambda file: np.savez(file, **arrays))
 

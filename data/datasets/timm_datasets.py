@@ -1,8 +1,9 @@
 """Data sets by the names of timm's `create_dataset`: `torch/cifar10` (torchvision), `hfds/…` (Hugging Face)."""
 
 import logging
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch.utils.data
@@ -16,10 +17,18 @@ log = logging.getLogger(__name__)
 _NEVER_DOWNLOADED = ("torch/image_folder", "torch/folder", "torch/imagenet")
 
 
+class _MapStyle(Protocol):
+    """A data set of timm or torchvision: what `_create` returns, or `_EncodedImages`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> tuple[Any, Any]: ...
+
+
 class TimmImages:
     """A map-style data set that timm made."""
 
-    def __init__(self, name: str, dataset: torch.utils.data.Dataset, class_names: list[str]):
+    def __init__(self, name: str, dataset: _MapStyle, class_names: list[str]):
         self.name = name
         self.dataset = dataset
         self.num_classes = len(class_names)
@@ -97,7 +106,7 @@ class _EncodedImages(torch.utils.data.Dataset):
             return file.read(), label
 
 
-def _create(name: str, root: Path, splits: tuple[str, ...]) -> torch.utils.data.Dataset:
+def _create(name: str, root: Path, splits: tuple[str, ...]) -> _MapStyle:
     """The first of `splits` that the data set has."""
     from timm.data import create_dataset
 
@@ -106,12 +115,12 @@ def _create(name: str, root: Path, splits: tuple[str, ...]) -> torch.utils.data.
             root.mkdir(parents=True, exist_ok=True)
         elif not root.is_dir():
             raise FileNotFoundError(f"no folder {root}")
-        arguments = {"name": name, "root": str(root), "split": splits[0]}
+        create = partial(create_dataset, name=name, root=str(root), split=splits[0])
         try:
-            return create_dataset(**arguments)
+            return create()
         except RuntimeError as error:  # torchvision's error for missing files
             log.info("%s is not in %s (%s): downloading it", name, root, str(error).splitlines()[0])
-            return create_dataset(**arguments, download=True)
+            return create(download=True)
     errors = []
     for split in splits:
         try:
@@ -121,7 +130,7 @@ def _create(name: str, root: Path, splits: tuple[str, ...]) -> torch.utils.data.
     raise ValueError("; ".join(errors))
 
 
-def _class_names(name: str, dataset: torch.utils.data.Dataset) -> list[str]:
+def _class_names(name: str, dataset: _MapStyle) -> list[str]:
     reader = getattr(dataset, "reader", None)
     if reader is not None:
         by_label = {label: str(class_name) for class_name, label in (reader.class_to_idx or {}).items()}

@@ -64,7 +64,7 @@ class LabelledImage:
         return Sample({"image": image}, label, [], aug_params)
 
 
-class TrainSamples(Dataset):
+class TrainSamples(SampleFn):
     """Augmented samples by key (epoch, index). A sample is a pure function of (seed, key), in any process."""
 
     def __init__(self, images: Images, prepare: PrepareSample, seed: int, max_bad: int):
@@ -92,7 +92,7 @@ class TrainSamples(Dataset):
         return Sample(None, None, bad)
 
 
-class EvalSamples(Dataset):
+class EvalSamples(SampleFn):
     """Samples by index, without randomness; a bad image gives a sample without arrays."""
 
     def __init__(self, images: Images, prepare: PrepareSample):
@@ -169,7 +169,7 @@ class BatchLoader:
         specs: ArraySpecs,
         collate_targets: CollateTargets = labels_to_tensor,
     ):
-        """`samples` is also a Dataset; `specs` describes the arrays of one sample."""
+        """`specs` describes the arrays of one sample."""
         self._samples = samples
         self._keys = keys
         self._num_workers = num_workers
@@ -247,14 +247,15 @@ class BatchLoader:
                     shut_down_workers(batches)
                 self._wait_for_copies(self._number)
 
-    def _data_loader(self, dataset: object, keys: BatchKeys, **options: Any) -> DataLoader:
+    def _data_loader(self, dataset: Dataset, keys: BatchKeys, **options: Any) -> DataLoader:
         # Without a generator of its own, DataLoader draws from torch's global one at each start.
         return DataLoader(dataset, batch_sampler=keys, generator=torch.Generator(), **options)
 
     def _collate(self, samples: list[Sample]) -> dict:
         good = [sample for sample in samples if sample.arrays is not None]
+        made = [sample.arrays for sample in samples if sample.arrays is not None]
         arrays = {
-            name: torch.stack([s.arrays[name] for s in good]) if good else torch.empty(0, *shape, dtype=dtype)
+            name: torch.stack([each[name] for each in made]) if made else torch.empty(0, *shape, dtype=dtype)
             for name, (shape, dtype) in self._specs.items()
         }
         bad = [line for sample in samples for line in sample.bad]

@@ -12,11 +12,12 @@ import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from utils.compat import clear_cuda_error
 
@@ -47,17 +48,18 @@ class Sample(NamedTuple):
     aug_params: np.ndarray | None = None
 
 
-class SampleFn(Protocol):
-    """Makes samples by key."""
+class SampleFn(Dataset[Sample]):
+    """Makes samples by key, one of those in BatchKeys."""
 
-    def make(self, key: object, out: dict[str, Tensor] | None) -> Sample:
+    def make(self, key: Any, out: dict[str, Tensor] | None) -> Sample:
         """The sample of `key`. `out` is memory for its arrays, which may be used to save a copy; None for none."""
+        raise NotImplementedError
 
 
 class BatchKeys(Sized, Protocol):
     """The keys of each batch, in order."""
 
-    def __iter__(self) -> Iterator[Sequence]: ...
+    def __iter__(self) -> Iterator[list]: ...
 
 
 class SharedBatchBuffers:
@@ -122,7 +124,7 @@ class BufferedBatchSampler:
             yield [number % self.buffers, *keys]
 
 
-class BufferedDataset:
+class BufferedDataset(Dataset[dict]):
     """Makes whole batches in a worker: arrays are written to their buffer, everything else is sent."""
 
     def __init__(self, samples: SampleFn, buffers: SharedBatchBuffers):
@@ -167,7 +169,8 @@ def to_batch(
 
     An array named 'target' is the target; otherwise that is what `collate_targets` makes of the samples' targets.
     """
-    stacked = torch.from_numpy(np.stack(aug_params)) if aug_params and aug_params[0] is not None else None
+    given = [params for params in aug_params if params is not None]
+    stacked = torch.from_numpy(np.stack(given)) if given else None
     target = {} if "target" in arrays else {"target": collate_targets(targets)}
     return arrays | target | {"bad": bad, "aug_params": stacked}
 

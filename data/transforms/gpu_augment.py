@@ -23,6 +23,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter
 
 from data.transforms import gpu_ops
-from data.transforms.native_augment import FILTERS, NativeAugment, Operation, pack_ops
+from data.transforms.native_augment import FILTERS, NativeAugment, Operation, OpRecord, pack_ops
 from utils.errors import UserError
 
 # A row is an OpRecord of native/augment.h, or a rectangle: _ERASE, four unused, top, left, height, width, seed, unused.
@@ -64,13 +65,14 @@ class GpuAugParams:
         self.max_ops = sum(_max_ops(augment.reference) for augment in augments)
         self.rectangles = erasing.max_count if erasing is not None else 0
         self._erasing = copy.copy(erasing)
-        if erasing is not None:
+        if self._erasing is not None:
             self._erasing.per_pixel = self._erasing.rand_color = False  # do not sample the noise
 
     def __call__(self, width: int, height: int) -> np.ndarray:
         """(R, 11) float64 for an image of this size."""
         rows = np.full((self.max_ops + self.rectangles, COLUMNS), float(_NOTHING))
-        ops = [op for augment in self.augments for op in augment.sample(width, height)]
+        # The cast: `_check` has refused policies with other operations.
+        ops = cast(list[OpRecord], [op for augment in self.augments for op in augment.sample(width, height)])
         if ops:
             rows[: len(ops)] = np.frombuffer(pack_ops(ops)).reshape(-1, COLUMNS)
         if self._erasing is not None:

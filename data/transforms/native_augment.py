@@ -102,13 +102,11 @@ class NativeAugment:
     def apply(self, pixels: np.ndarray, ops: Sequence[OpRecord | PillowOp]) -> np.ndarray:
         """Applies `ops` to (H, W, 3) uint8, which may be overwritten, and returns (H, W, 3) uint8."""
         for is_native, group in groupby(ops, lambda op: isinstance(op, OpRecord)):
+            run = list(group)
             if is_native:
-                pixels = _apply_native(pixels, list(group))
+                pixels = _apply_native(pixels, [op for op in run if isinstance(op, OpRecord)])
             else:
-                image = Image.fromarray(pixels)
-                for op in group:
-                    image = op(image)
-                pixels = np.array(image)
+                pixels = _apply_pillow(pixels, [op for op in run if not isinstance(op, OpRecord)])
         return pixels
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
@@ -135,13 +133,20 @@ def _apply_native(pixels: np.ndarray, ops: list[OpRecord]) -> np.ndarray:
     return other if result else pixels
 
 
+def _apply_pillow(pixels: np.ndarray, ops: list[PillowOp]) -> np.ndarray:
+    image = Image.fromarray(pixels)
+    for op in ops:
+        image = op(image)
+    return np.array(image)
+
+
 class Normalise:
     """torchvision's ToTensor and Normalize in one step, bit-equal."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         values = torch.arange(256).to(torch.float32).div(255)
-        mean, std = (torch.tensor(tuple(each), dtype=torch.float32)[:, None] for each in (mean, std))
-        self.table = (values - mean).div(std).contiguous()  # (3, 256)
+        means, stds = (torch.tensor(tuple(each), dtype=torch.float32)[:, None] for each in (mean, std))
+        self.table = (values - means).div(stds).contiguous()  # (3, 256)
 
     def __call__(self, pixels: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
         """(H, W, 3) uint8 → (3, H, W) float32, written to `out` (contiguous) if it is given."""
@@ -224,7 +229,9 @@ def _record_random_blur(recorder: OpRecorder, factor: float, **_: Any) -> OpReco
     return _record_blur(recorder, random.uniform(0.1, 2.0 * factor))
 
 
-def _record_affine(recorder: OpRecorder, matrix: tuple[float, ...], resample: int, fill: tuple[int, ...]) -> OpRecorder:
+def _record_affine(
+    recorder: OpRecorder, matrix: tuple[float, ...], resample: Image.Resampling, fill: tuple[int, int, int]
+) -> OpRecorder:
     recorder.ops.append(OpRecord(Operation.AFFINE, FILTERS[resample], fill, tuple(map(float, matrix))))
     return recorder
 
@@ -247,7 +254,7 @@ def _record_rotate(recorder: OpRecorder, degrees: float, **options: Any) -> OpRe
     degrees %= 360.0
     if degrees == 0:
         return recorder
-    quarter_turns = {180: (-1, 0, width, 0, -1, height)}
+    quarter_turns: dict[float, tuple[float, ...]] = {180: (-1, 0, width, 0, -1, height)}
     if width == height:
         quarter_turns |= {90: (0, -1, width, 1, 0, 0), 270: (0, 1, 0, -1, 0, height)}
     if degrees in quarter_turns:
@@ -271,7 +278,7 @@ def _record_jitter(jitter: ColorJitter, recorder: OpRecorder) -> OpRecorder:
     return recorder
 
 
-RECORDERS: dict[Callable[..., Any], Callable[..., OpRecorder]] = {
+RECORDERS: dict[object, Callable[..., OpRecorder]] = {
     timm_ops.auto_contrast: _record_op(Operation.AUTO_CONTRAST),
     timm_ops.equalize: _record_op(Operation.EQUALIZE),
     timm_ops.invert: _record_op(Operation.INVERT),

@@ -1,6 +1,7 @@
 """The transforms of the original recipe: from an RGB image to a normalised (3, S, S) float32 tensor."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from PIL import Image, ImageOps
 from timm.data import auto_augment as timm_ops
@@ -46,7 +47,7 @@ def train_transform(
         input_size=size,
         is_training=True,
         hflip=hflip,
-        color_jitter=color_jitter if color_jitter > 0 else None,
+        color_jitter=cast(float, color_jitter if color_jitter > 0 else None),  # timm takes None, undeclared
         auto_augment=auto_augment if auto_augment != "none" else None,
         re_prob=re_prob,
         re_mode=re_mode,

@@ -13,6 +13,13 @@ from torch.library import CustomOpDef
 from models.ops.window import ShiftedWindows
 
 
+class OpContext(FunctionCtx):
+    """The type of the context that PyTorch passes to both functions; `constants` are the arguments without gradient."""
+
+    saved_tensors: tuple[Tensor, Tensor, Tensor | None]
+    constants: list[float | int]
+
+
 def register_autograd(attend: CustomOpDef, attend_backward: CustomOpDef) -> None:
     """Registers the gradient, and the output shapes that `torch.compile` needs."""
 
@@ -28,11 +35,11 @@ def register_autograd(attend: CustomOpDef, attend_backward: CustomOpDef) -> None
             bias.new_empty(0 if head_scales is None else head_scales.shape),
         )
 
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: OpContext, inputs: tuple, output: Tensor) -> None:
         qkv, bias, head_scales, *ctx.constants = inputs
         ctx.save_for_backward(qkv, bias, head_scales)
 
-    def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: OpContext, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias, head_scales = ctx.saved_tensors
         grad_qkv, grad_bias, grad_scales = attend_backward(grad_out, qkv, bias, head_scales, *ctx.constants)
         return grad_qkv, grad_bias, None if head_scales is None else grad_scales, *(None for _ in ctx.constants)

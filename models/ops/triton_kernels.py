@@ -126,7 +126,7 @@ def forward(
     """As in Flash Attention, keys and values are loaded tile by tile, and the sums are rescaled to the new maximum."""
     head = tl.program_id(0)
     query_ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    bias_tiles = ()
+    bias_tiles = ()  # type: tuple[tl.tensor, ...]
     for start in tl.static_range(0, M * M, BLOCK):
         key_ids = start + tl.arange(0, _tile_width(M * M - start, BLOCK))
         bias_tiles += (_load_bias(bias_ptr, head, query_ids, key_ids, M * M),)

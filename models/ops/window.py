@@ -102,6 +102,7 @@ class ShiftedWindows(nn.Module):
         shifted: whether the windows are displaced by half their side.
     """
 
+    attn_mask: Tensor | None
     cyclic = True  # the cut is a cyclic shift of the padded map by `shifts`, which a kernel can do by index arithmetic
 
     def __init__(self, map_size: tuple[int, int], window: int, shifted: bool):

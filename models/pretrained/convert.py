@@ -6,7 +6,7 @@ All functions work on state dicts in memory. The formats are defined in `models/
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,9 +21,9 @@ from models.pretrained.key_maps import (
     ORIGINAL,
     TIMM,
     TORCHVISION,
+    Conversion,
     KeyPattern,
     KeyPosition,
-    Tensors,
     WeightFormat,
 )
 from models.swin_transformer_v2 import log_spaced_offsets
@@ -33,7 +33,7 @@ MIN_MATCHED_FRACTION = 0.95  # of the values in a state dict: with fewer in the 
 TOP_LEVEL_KEYS = ("absolute_pos_embed", "patch_embed", "layers", "norm", "head")  # of this project's names
 
 # A compiled rule: patterns to read, patterns to write, and the conversion of the tensors.
-_CompiledRule = tuple[list[KeyPattern], list[KeyPattern], Callable[[Tensors], Tensors]]
+_CompiledRule = tuple[list[KeyPattern], list[KeyPattern], Conversion]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ Shapes: `N` tokens in a window.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from torch import Tensor
 INDEX, MASK, COORDINATES, KEY_BIAS = "relative_position_index", "attn_mask", "relative_coords_table", "k_bias"
 DERIVED = (INDEX, MASK, COORDINATES, KEY_BIAS)
 
-Tensors = list[Tensor | None]  # the tensors of one rule, in its order; None for an optional one that is absent
+# Converts the tensors of one rule, in its order; None for an optional one that is absent. A conversion says by its own
+# type whether its rule has optional ones.
+Conversion = Callable[[list[Any]], Sequence[Tensor | None]]
 
 # Stage numbers in patterns: the number written for stage i is factor * i + offset.
 _STAGE = {"i": (1, 0), "i+1": (1, 1), "2i+1": (2, 1), "2i+2": (2, 2)}
@@ -74,8 +76,8 @@ class Rule:
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
-    to_ours: Callable[[Tensors], Tensors] = list
-    to_theirs: Callable[[Tensors], Tensors] = list
+    to_ours: Conversion = list
+    to_theirs: Conversion = list
     version: int = 0  # the Swin version it applies to, 1 or 2; 0 for both
 
 
@@ -104,32 +106,33 @@ def _renames(*pairs: tuple[str, str], version: int = 0) -> tuple[Rule, ...]:
     return tuple(Rule((ours,), (theirs,), version=version) for ours, theirs in pairs)
 
 
-def _join_qkv(parts: Tensors) -> Tensors:
+def _join_qkv(parts: list[Tensor]) -> list[Tensor]:
     return [torch.cat(parts)]
 
 
-def _split_qkv(joined: Tensors) -> Tensors:
+def _split_qkv(joined: list[Tensor]) -> list[Tensor]:
     return list(joined[0].chunk(3))
 
 
-def _split_qkv_bias(joined: Tensors) -> Tensors:
+def _split_qkv_bias(joined: list[Tensor]) -> list[Tensor | None]:
     """Biases of queries, keys and values. A key bias of zeros, as in a new model, is omitted."""
     queries, keys, values = _split_qkv(joined)
     return [queries, keys if keys.any() else None, values]
 
 
-def _join_qkv_bias(parts: Tensors) -> Tensors:
-    queries, keys, values = parts
-    return [torch.cat([queries, torch.zeros_like(queries) if keys is None else keys, values])]
+def _join_qkv_bias(parts: list[Tensor | None]) -> list[Tensor]:
+    """The inverse, but a new model's bias gets its zeros back."""
+    known = next(part for part in parts if part is not None)
+    return [torch.cat([torch.zeros_like(known) if part is None else part for part in parts])]
 
 
-def _to_square(flat: Tensors) -> Tensors:
+def _to_square(flat: list[Tensor]) -> list[Tensor]:
     """(N * N,) to (N, N)."""
     side = math.isqrt(flat[0].numel())
     return [flat[0].reshape(side, side)]
 
 
-def _flatten(square: Tensors) -> Tensors:
+def _flatten(square: list[Tensor]) -> list[Tensor]:
     return [square[0].flatten()]
 
 

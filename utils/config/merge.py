@@ -14,6 +14,7 @@ import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from yacs.config import CfgNode
@@ -220,7 +221,7 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _convert(override: Override, schema: dict[str, KeyType]) -> object:
+def _convert(override: Override, schema: dict[str, KeyType]) -> Any:
     key_type = schema[override.key]
     try:
         return key_type.convert(override.value)
@@ -258,9 +259,10 @@ def read_text(text: str, source: str, schema: dict[str, KeyType]) -> list[Overri
     except RecursionError:
         raise UserError(f"{source} is nested too deeply to be a configuration; config.py lists the keys.") from None
     except yaml.MarkedYAMLError as error:
-        line = (error.problem_mark or error.context_mark).line + 1
+        mark = error.problem_mark or error.context_mark
+        place = source if mark is None else f"{source}, line {mark.line + 1}"
         advice = "Check indentation, colons and brackets."
-        raise UserError(f"{source}, line {line}: not YAML: {error.problem or error.context}. {advice}") from None
+        raise UserError(f"{place}: not YAML: {error.problem or error.context}. {advice}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source} is not YAML: {error}. Save it as plain text in UTF-8.") from None
     if root is None:
@@ -309,7 +311,11 @@ def _read_value(node: yaml.Node, key: str, origin: str) -> str | list[str | None
             raise UserError(f"{origin}: {key} contains a list or a section. Write a flat list: [2, 2, 6, 2].")
         for item in node.value:
             _refuse_tag(item, key, origin)
-        return [_read_value(item, key, origin) for item in node.value]
+        return [_read_scalar(item) for item in node.value]
+    return _read_scalar(node)
+
+
+def _read_scalar(node: yaml.Node) -> str | None:
     return None if node.tag.endswith(":null") else node.value
 
 

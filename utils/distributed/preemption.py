@@ -4,7 +4,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from types import FrameType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,10 @@ class PreemptionHandler:
             timeout: seconds that a rank waits for the flags of the others.
         """
         limit = timedelta(seconds=timeout)
-        self._group = dist.new_group(backend="gloo", timeout=limit) if dist.is_initialized() else None
+        self._group: dist.ProcessGroup | None = None
+        if dist.is_initialized():
+            group = dist.new_group(backend="gloo", timeout=limit)
+            self._group = cast(dist.ProcessGroup, group)  # not the constant for non-members: every rank is one
         self._signalled = False  # this process received a signal
         self._agreed = False  # all ranks know that some process did
         self._flag = torch.zeros(1, dtype=torch.int32)
