@@ -119,8 +119,7 @@ def _train_locked(
 
 def _log_plan(train_data: TrainDataInfo, schedule: Schedule) -> None:
     log.info(
-        "%s training images; %d images a step, %s steps, learning rate up to %.3g",
-        f"{train_data.num_images:,}",
+        "%d images a step, %s steps, learning rate up to %.3g",
         train_data.global_batch_size,
         f"{schedule.total_steps:,}",
         schedule.base_lr,

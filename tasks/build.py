@@ -1,5 +1,7 @@
 """Chooses the task of a configuration, with the data that it needs."""
 
+import logging
+
 from yacs.config import CfgNode
 
 from data.build import (
@@ -17,6 +19,8 @@ from tasks.classification import Classification
 from tasks.task import Task
 from utils.distributed.process_group import DistInfo
 
+log = logging.getLogger(__name__)
+
 
 def open_data(config: CfgNode, dist_info: DistInfo) -> Data:
     """Opens the data sets of the task.
@@ -24,7 +28,10 @@ def open_data(config: CfgNode, dist_info: DistInfo) -> Data:
     Raises:
         UserError: see `data.build.build_datasets`.
     """
-    return build_datasets(config, dist_info)
+    data = build_datasets(config, dist_info)
+    train = "" if data.train is None else f"{len(data.train):,} training and "
+    log.info("%s%s validation images of %s classes", train, f"{len(data.val):,}", f"{data.num_classes:,}")
+    return data
 
 
 def build_task(config: CfgNode, data: Data | None) -> Task:
