@@ -26,6 +26,7 @@ from data.datasets.index import Index, Strings
 from data.datasets.packed import INDEX, Pack, shard_path
 from utils.errors import UserError
 from utils.files import TEMPORARY, write_atomically
+from utils.locks import try_lock
 
 log = logging.getLogger(__name__)
 
@@ -204,9 +205,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not try_lock(fcntl.flock, lock, folder, "two processes that pack into it would not notice each other"):
+            raise UserError(f"{folder}: another process is packing into it. Wait for it, or give another folder.")
         yield
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process is packing into it. Wait for it, or give another folder.") from None
     finally:
         os.close(lock)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from models.pretrained import registry
 from utils.errors import UserError
+from utils.locks import try_lock, wait_for_lock
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def _download(url: str, path: Path, digest: str, progress: bool) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab") as file:
-            _wait_for_lock(file, url)
+            _wait_for_lock(file, part, url)
             if path.is_file():
                 return
             log.info("downloading %s to %s", url, path)
@@ -105,12 +106,11 @@ def _download(url: str, path: Path, digest: str, progress: bool) -> None:
         ) from error
 
 
-def _wait_for_lock(file: BinaryIO, url: str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def _wait_for_lock(file: BinaryIO, part: Path, url: str) -> None:
+    consequence = "two processes that download the same file would not notice each other"
+    if not try_lock(fcntl.flock, file.fileno(), part, consequence):
         log.info("waiting for another process, which is downloading %s", url)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        wait_for_lock(fcntl.flock, file.fileno(), part, consequence)
 
 
 def _receive(url: str, file: BinaryIO, version_file: Path, progress: bool) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from utils.errors import UserError
 from utils.files import append, write_text
+from utils.locks import try_lock
 from utils.paths import REPO_ROOT
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "yacs", "tensorboard", "triton")
@@ -46,16 +47,15 @@ class RunDir:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error}). Give another folder with --output") from error
         try:
-            try:
-                # fcntl's lock, not flock's: forked workers do not keep it when this process is killed, and it works
-                # across machines on network file systems.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            # fcntl's lock, not flock's: forked workers do not keep it when this process is killed, and it works across
+            # machines on network file systems.
+            consequence = "two runs in this folder would overwrite each other unnoticed"
+            if not try_lock(fcntl.lockf, lock, self.path / "lock", consequence):
                 holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
                 raise UserError(
                     f"{self.path}: another run is live in this folder ({holder}). Wait for it, or give this run "
                     "another name with --tag"
-                ) from error
+                )
             try:
                 os.ftruncate(lock, 0)
                 os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
