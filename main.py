@@ -32,6 +32,7 @@ from yacs.config import CfgNode
 from config import get_config
 from utils.cli import CliParser, as_user_error
 from utils.config.merge import Override, nearest, parse_opts
+from utils.distributed.launch import read_launch
 from utils.errors import ExitCode, LostProcess, UserError
 from utils.tracking import logger
 
@@ -165,24 +166,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (sys.argv by default) and returns an `ExitCode`."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may contain bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
-    logger.set_up(int(_rank()))
+    logger.set_up(_rank())
     try:
         config, args = parse_command_line(sys.argv[1:] if argv is None else argv)
+        read_launch()  # before the slow imports
         run(config, args.allow_config_change)
         return ExitCode.OK
     except UserError as error:
-        if _rank() != "0" and not isinstance(error, LostProcess):  # rank 0 may be the lost one
+        if _rank() != 0 and not isinstance(error, LostProcess):  # rank 0 may be the lost one
             time.sleep(OTHER_RANKS_DELAY_SECONDS)
-        print(f"error{'' if _rank() == '0' else f' (rank {_rank()})'}: {error}", file=sys.stderr)
+        print(f"error{'' if _rank() == 0 else f' (rank {_rank()})'}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        if _rank() == "0":
+        if _rank() == 0:
             print("interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
 
 
-def _rank() -> str:
-    return os.environ.get("RANK", "0")
+def _rank() -> int:
+    """Returns the rank of this process, 0 where RANK is no number: `read_launch` refuses it later."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def _refuse_argument(argument: str, parser: argparse.ArgumentParser) -> None:

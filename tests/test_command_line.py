@@ -214,6 +214,20 @@ def start(*argv: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+def test_tasks_without_torchrun_are_refused_before_torch_is_imported(monkeypatch, capsys):
+    """As `srun -n 2 python main.py` starts them: all end at once, instead of training one by one in one folder."""
+    monkeypatch.setattr(main_module, "run", lambda config, allow_config_change: pytest.fail("started"))
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    for task in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", task)
+        assert main(CFG) == 2
+        assert f"started as task {task} of 2 (SLURM_NTASKS), but not by torchrun" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(CFG) == 2
+    assert "the environment variable RANK is 'x', no number from 0 to 1" in capsys.readouterr().err
+
+
 def test_help_opens_with_commands_answers_at_once_and_without_torch():
     started = time.perf_counter()
     done = start("main.py", "--help")
@@ -243,5 +257,6 @@ def test_a_mistake_is_one_message_without_traceback():
 def test_warnings_come_from_rank_0_alone():
     code = "import sys, main; main.run = lambda config, allow_config_change: None; sys.exit(main.main())"
     assert "LOCAL_RANK has no effect" in start("-c", code, *CFG, "--local_rank", "1", RANK="0").stdout
-    other = start("-c", code, *CFG, "--local_rank", "1", RANK="1")
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    other = start("-c", code, *CFG, "--local_rank", "1", **ranks)
     assert other.stdout + other.stderr == ""

@@ -3,7 +3,6 @@
 A run of one process has no process group: every collective here then does nothing or returns its argument.
 """
 
-import os
 import re
 import time
 import uuid
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from utils.distributed.heartbeat import Heartbeat
+from utils.distributed.launch import port_refusal, read_launch, resolve_master
 from utils.errors import LostProcess, UserError
 
 Value = TypeVar("Value")
@@ -58,7 +58,7 @@ def process_group(timeout: int) -> Iterator[DistInfo]:
         timeout: seconds that a process waits for the others.
 
     Raises:
-        UserError: more processes on this machine than it has GPUs.
+        UserError: more processes on this machine than it has GPUs, or variables that do not let the processes meet.
         LostProcess: another process was killed, or did not join within `timeout`; the message names it.
     """
     dist_info = _read_environment()
@@ -89,27 +89,30 @@ def process_group(timeout: int) -> Iterator[DistInfo]:
 
 def _read_environment() -> DistInfo:
     """Reads torchrun's environment variables and selects the device."""
-    rank, world_size, local_rank, local_world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
+    launch = read_launch()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
-        if local_world_size > num_gpus:
+        if launch.local_world_size > num_gpus:
             raise UserError(
-                f"torchrun started {local_world_size} processes here, but this machine has {num_gpus} GPU(s). "
+                f"torchrun started {launch.local_world_size} processes here, but this machine has {num_gpus} GPU(s). "
                 f"Start one per GPU: --nproc_per_node={num_gpus}"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     return DistInfo(
-        rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size, device=device
+        rank=launch.rank,
+        world_size=launch.world_size,
+        local_rank=launch.local_rank,
+        local_world_size=launch.local_world_size,
+        device=device,
     )
 
 
 def _join(dist_info: DistInfo, timeout: timedelta) -> Heartbeat:
     cuda = dist_info.device.type == "cuda"
+    resolve_master()
+    began = time.monotonic()
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         store = _unique_store_prefix(store, dist_info, timeout)
@@ -123,9 +126,13 @@ def _join(dist_info: DistInfo, timeout: timedelta) -> Heartbeat:
             device_id=dist_info.device if cuda else None,
         )
     except (dist.DistError, TimeoutError) as error:
+        if refusal := port_refusal(error):
+            raise refusal from error
+        waited = time.monotonic() - began
+        limit = " (TIMEOUT)" if waited >= timeout.total_seconds() else ""
         raise LostProcess(
-            f"not all {dist_info.world_size} processes joined within {timeout.total_seconds():.0f} s (TIMEOUT): "
-            f"{_summarize(error)}. Start all of them, with the same address in MASTER_ADDR and MASTER_PORT"
+            f"not all {dist_info.world_size} processes joined within {waited:.0f} s{limit}: {_summarize(error)}. Start "
+            "all of them, with the same address in MASTER_ADDR and MASTER_PORT"
         ) from error
     return heartbeat
 
