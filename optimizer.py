@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from utils.compat import copy_tensors
+from utils.compat import add_tensors, copy_tensors
 
 
 class ParamGroupModel(Protocol):
@@ -113,16 +113,25 @@ class Bf16Params:
 
         model.register_state_dict_post_hook(save_masters)
 
+    @torch.no_grad()
     def accumulate_master_grads(self) -> None:
         """Adds the gradients of a micro-batch to those of the masters, in float32."""
-        for master, copy in zip(self.masters.values(), self.bf16_params, strict=True):
-            if copy.grad is None:
-                continue
+        pairs = zip(self.masters.values(), self.bf16_params, strict=True)
+        masters, grads = [], []
+        for master, copy in pairs:
+            if copy.grad is not None:
+                masters.append(master)
+                grads.append(copy.grad)
+                copy.grad = None
+        # A copy casts all tensors in few kernels; a sum of two types would take one for each.
+        casts = [torch.empty_like(master) for master in masters]
+        copy_tensors(casts, grads)
+        summed = [(master.grad, cast) for master, cast in zip(masters, casts, strict=True) if master.grad is not None]
+        if summed:
+            add_tensors(*zip(*summed, strict=True))
+        for master, cast in zip(masters, casts, strict=True):
             if master.grad is None:
-                master.grad = copy.grad.float()
-            else:
-                master.grad += copy.grad
-            copy.grad = None
+                master.grad = cast
 
     @torch.no_grad()
     def copy_masters_to_model(self) -> None:

@@ -26,15 +26,19 @@ log = logging.getLogger(__name__)
 def evaluate(components: TrainComponents, task: Task, batches: Iterable[Batch]) -> dict[str, float]:
     """Returns the metrics of `task` over all images of all ranks. A collective call.
 
+    The task is left in the mode, training or evaluation, in which it was.
+
     Args:
         task: `components.module_without_ddp` or its moving average.
     """
+    was_training = task.training
     task.eval()
     evaluator = task.evaluator(components.device)
     for batch in batches:
         with components.autocast():
             outputs = task.predict(batch)
         evaluator.add(outputs, batch)
+    task.train(was_training)
     return evaluator.result()
 
 

@@ -202,9 +202,9 @@ def train_steps(
         TrainingDiverged: `components.max_bad_steps` steps in a row were not finite.
     """
     metrics = StepMetrics(components, state)
+    components.task.train()  # once, because it visits every module; `evaluate` restores the mode
     batches = iter(batches)
     for first in batches:
-        components.task.train()  # an evaluation in between leaves it in evaluation mode
         step = state.images_seen // global_batch_size
         for group in components.optimizer.param_groups:
             group["lr"] = learning_rate(step) * group["lr_scale"]

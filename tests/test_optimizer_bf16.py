@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from timm.utils import ModelEmaV3
 from config import get_config
 from engine.setup import build_components, compile_and_wrap
 from engine.train_step import TrainComponents, TrainState, train_steps
+from utils.compat import TorchDispatchMode
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
 from utils.paths import REPO_ROOT
@@ -90,6 +92,37 @@ def test_it_learns_the_same_bits_as_float32_parameters(steps: int):
     half, full = (make(bf16, more=f"TRAIN.ACCUMULATION_STEPS {steps}") for bf16 in (True, False))
     assert run(half, batches(0, 6)) == run(full, batches(0, 6))
     assert_same(half.state_dict(), full.state_dict())
+
+
+def test_gradients_are_cast_and_summed_in_few_operations():
+    components = make(True, more="TRAIN.ACCUMULATION_STEPS 2")
+    bf16 = components.bf16
+    with torch.no_grad():
+        expected = []
+        for copy in bf16.bf16_params:
+            copy.grad = torch.full_like(copy, 1.5)
+            expected.append(copy.grad.float() * 2)
+    for _ in range(2):
+        for copy in bf16.bf16_params:
+            copy.grad = torch.full_like(copy, 1.5)
+        with CountOperations() as counted:
+            bf16.accumulate_master_grads()
+        assert {name: count for name, count in counted.items() if name != "aten.empty_like"}.keys() <= {
+            "aten._foreach_copy_", "aten._foreach_add_"
+        }  # fmt: skip
+        assert all(copy.grad is None for copy in bf16.bf16_params)
+    assert_same([master.grad for master in bf16.masters.values()], expected)
+
+
+class CountOperations(TorchDispatchMode):
+    def __enter__(self) -> Counter:
+        super().__enter__()
+        self.counts: Counter = Counter()
+        return self.counts
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.counts[str(operation.overloadpacket)] += 1
+        return operation(*args, **(kwargs or {}))
 
 
 def test_resumed_it_has_the_same_bits():

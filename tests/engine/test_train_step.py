@@ -8,7 +8,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import train_step
+from engine import evaluation, train_step
 from engine.train_step import TrainComponents, TrainState, train_steps
 from tasks.classification import Classification
 from utils.errors import TrainingDiverged
@@ -73,6 +73,24 @@ def test_clock_and_learning_rate():
     state = run(make_components(), make_batches(5), lr=lambda step: seen.append(step) or 0.01)
     assert state.images_seen == 5 * BATCH
     assert seen == [0, 1, 2, 3, 4]
+
+
+def test_training_mode_is_set_once_and_restored_by_an_evaluation(monkeypatch: pytest.MonkeyPatch):
+    """`Module.train` visits every module, which takes as long as many kernels."""
+    components = make_components(ema_decay=0.9)
+    calls = []
+    train = nn.Module.train
+    monkeypatch.setattr(Classification, "train", lambda self, mode=True: calls.append(mode) or train(self, mode))
+    modes = []
+    for step, _ in enumerate(train_steps(components, make_batches(5), TrainState(), lambda step: 0.01, BATCH)):
+        modes.append(components.task.model.drop.training)
+        if step == 2:
+            before = len(calls)
+            evaluation.evaluate_with_average(components, lambda: make_batches(1))
+            assert not components.ema.module.training
+            del calls[before:]
+    assert modes == [True] * 5 and components.task.model.drop.training
+    assert calls == [True]
 
 
 def test_one_step_is_plain_pytorchs():
