@@ -19,13 +19,20 @@ logs/<name>/default. config.py lists every key that --cfg and --opts can set. La
 defaults, files named by BASE, --cfg, the other flags, --opts.
 """
 
+from utils import interrupt
+
+if __name__ == "__main__":  # before the other imports, so that Ctrl-C does not answer with a traceback of one of them
+    interrupt.install()
+
 # torch is imported only after the command line is parsed, so that --help and mistakes are answered at once.
 import argparse
 import io
+import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from yacs.config import CfgNode
 
@@ -142,8 +149,12 @@ def parse_command_line(argv: Sequence[str]) -> tuple[CfgNode, argparse.Namespace
     return get_config(args.cfg, args.opts, flags), args
 
 
-def run(config: CfgNode, allow_config_change: bool) -> None:
-    """Joins the other processes of the run and trains, evaluates or measures, as configured."""
+def run(config: CfgNode, allow_config_change: bool) -> ExitCode | None:
+    """Joins the other processes of the run and trains, evaluates or measures, as configured.
+
+    Returns:
+        INTERRUPTED if Ctrl-C asked to stop and everything is saved, else None.
+    """
     from engine import evaluation, throughput, trainer
     from utils.distributed.process_group import process_group
 
@@ -154,7 +165,9 @@ def run(config: CfgNode, allow_config_change: bool) -> None:
             elif config.EVAL_MODE:
                 evaluation.evaluate_weights(config, dist_info)
             else:
-                trainer.train(config, dist_info, allow_config_change)
+                interrupted = trainer.train(config, dist_info, allow_config_change)
+                return ExitCode.INTERRUPTED if interrupted else None
+            return None
     except (MemoryError, RuntimeError, OSError) as error:
         user_error = as_user_error(error, LESS_MEMORY)
         if user_error is None:
@@ -167,11 +180,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may contain bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
     logger.set_up(_rank())
+    interrupt.log_with(partial(logging.getLogger(__name__).error, extra=logger.FILE_ONLY))
     try:
         config, args = parse_command_line(sys.argv[1:] if argv is None else argv)
         read_launch()  # before the slow imports
-        run(config, args.allow_config_change)
-        return ExitCode.OK
+        return run(config, args.allow_config_change) or ExitCode.OK
     except UserError as error:
         if _rank() != 0 and not isinstance(error, LostProcess):  # rank 0 may be the lost one
             time.sleep(OTHER_RANKS_DELAY_SECONDS)

@@ -44,8 +44,11 @@ from utils.tracking.train_logger import TrainLogger
 log = logging.getLogger(__name__)
 
 
-def train(config: CfgNode, dist_info: DistInfo, allow_config_change: bool = False) -> None:
+def train(config: CfgNode, dist_info: DistInfo, allow_config_change: bool = False) -> bool:
     """Trains from where the run in its folder stopped to its last epoch, and logs where the results are.
+
+    Returns:
+        Whether SIGINT asked to stop. Everything is saved in any case.
 
     Raises:
         UserError: anything in data, files or configuration that the user can change.
@@ -65,7 +68,7 @@ def train(config: CfgNode, dist_info: DistInfo, allow_config_change: bool = Fals
         if refusal := broadcast_from_main(refusal):  # all ranks end, instead of waiting for rank 0
             raise UserError(refusal)
         try:
-            _train_locked(run_dir, checkpoints, config, dist_info, allow_config_change)
+            return _train_locked(run_dir, checkpoints, config, dist_info, allow_config_change)
         except (UserError, KeyboardInterrupt) as error:  # main.py prints it on the terminal
             log.error("%s", str(error) or "interrupted", extra=FILE_ONLY)
             raise
@@ -73,7 +76,8 @@ def train(config: CfgNode, dist_info: DistInfo, allow_config_change: bool = Fals
 
 def _train_locked(
     run_dir: RunDir, checkpoints: CheckpointFolder, config: CfgNode, dist_info: DistInfo, allow_config_change: bool
-) -> None:
+) -> bool:
+    """Returns whether SIGINT asked to stop."""
     with ExitStack() as stack:
         preemption = stack.enter_context(closing(PreemptionHandler(config.TIMEOUT)))  # a signal may come at any time
 
@@ -97,17 +101,18 @@ def _train_locked(
             log.info("this run is complete: all %d epochs are done", config.TRAIN.EPOCHS)
         elif preemption.should_stop(wait=True):
             log.info("stopped before the first step; the same command continues")
-            return
+            return False
         else:
             components = compile_and_wrap(config, dist_info, components)
             trainer = Trainer(config, dist_info, run_dir, data, train_data, schedule, components, state, clock)
             checkpointer = stack.enter_context(closing(AsyncCheckpointer(checkpoints))) if dist_info.is_main else None
             try:
-                if not trainer.fit(preemption, checkpointer):
-                    return
+                done = trainer.fit(preemption, checkpointer)
             except TrainingDiverged as error:
                 last = f"The last good checkpoint is {checkpoints.last}" if checkpoints.last.exists() else "None yet"
                 raise TrainingDiverged(f"{error}. {last}") from error
+            if not done:
+                return preemption.interrupted
         log_results(
             components.module_without_ddp,
             best_metric_name(config, components.module_without_ddp),
@@ -115,6 +120,9 @@ def _train_locked(
             checkpoints,
             state,
         )
+        if preemption.interrupted:
+            log.info("interrupted after the last step: the run is complete")
+        return preemption.interrupted
 
 
 def _log_plan(train_data: TrainDataInfo, schedule: Schedule) -> None:
@@ -188,6 +196,7 @@ class Trainer:
         Raises:
             UserError: the last state could not be saved; and everything that `train` raises.
         """
+        preemption.defer_interrupts()
         train = train_batches(self.config, self.data, self.dist_info, self.state.images_seen, self.clock.total_images)
         val = val_batches(self.config, self.data, self.dist_info)
         logger = None
@@ -203,6 +212,13 @@ class Trainer:
             if logger:
                 logger.close()
         self._finish_saving(checkpointer)
+        if not done:
+            reason = "interrupted: " if preemption.interrupted else ""
+            log.info(
+                "%sstopped and saved after %s images; the same command continues",
+                reason,
+                f"{self.state.images_seen:,}",
+            )
         return done
 
     def _loop(
@@ -216,7 +232,7 @@ class Trainer:
     ) -> bool:
         config, state, clock = self.config, self.state, self.clock
         if clock.eval_pending and not self._end_epoch(preemption, checkpointer, logger, val):
-            return self._log_stopped()
+            return False
         steps = train_step.train_steps(
             self.components, stream, state, self.schedule.at, self.train_data.global_batch_size
         )
@@ -229,7 +245,7 @@ class Trainer:
                 # Also before the evaluation of an epoch, so that a crash there loses the evaluation alone.
                 self._save(checkpointer)
             if stopping or (clock.epoch_ended and not self._end_epoch(preemption, checkpointer, logger, val)):
-                return self._log_stopped()
+                return False
             if saving and logger:
                 logger.resume_clock(state.images_seen, train.wait_seconds)
         return True
@@ -304,10 +320,6 @@ class Trainer:
                 refusal = str(error)
         if refusal := broadcast_from_main(refusal):
             raise UserError(refusal)
-
-    def _log_stopped(self) -> bool:
-        log.info("stopped and saved after %s images; the same command continues", f"{self.state.images_seen:,}")
-        return False
 
     def _open_logger(self) -> TrainLogger:
         state, clock = self.state, self.clock

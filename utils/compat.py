@@ -71,7 +71,11 @@ def ddp_without_buffer_sync() -> dict[str, Any]:
 def shut_down_workers(batches: Iterator) -> None:
     """Ends the worker processes of `iter(DataLoader(…))` at once. Checked: torch 2.10 to 2.14."""
     if hasattr(batches, "_shutdown_workers"):  # iterators without workers have none to end
-        batches._shutdown_workers()
+        try:
+            batches._shutdown_workers()
+        finally:
+            for worker in batches._workers:
+                worker.kill()  # one that is busy ignores SIGTERM, and Python would wait for it at its end
 
 
 def torchvision_eval_preset_type() -> "type[ImageClassification]":

@@ -38,11 +38,12 @@ from data.loader.shared_memory import (
 from data.transforms.native_transforms import Prepare
 from utils.compat import shut_down_workers, tree_leaves
 from utils.errors import UserError
+from utils.orphans import end_with_parent
 from utils.seed import derive, seed_cpu
 
 log = logging.getLogger(__name__)
 
-_MAIN_PROCESS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_MAIN_PROCESS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid")
 
 # An encoded image, its target, its name for messages, and memory for the arrays or None → the sample. Raises BadImage.
@@ -233,8 +234,13 @@ class BatchLoader:
                 self._wait_for_copies(self._number)  # the workers write the first buffers again
                 # A signal that reached a worker before `_start_worker` would kill it, as if it had crashed.
                 mask = signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_PROCESS_SIGNALS)
+                before = set(multiprocessing.active_children())
                 try:
                     batches = iter(data_loader)
+                except BaseException:  # such as too many processes: those before it wait for a first batch
+                    for child in set(multiprocessing.active_children()) - before:
+                        child.kill()
+                    raise
                 finally:
                     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 started[:] = [batches]
@@ -308,13 +314,14 @@ def _identity(batch: dict) -> dict:
 
 
 def _start_worker(worker: int) -> None:
-    """Leaves signals to the main process: they reach the whole process group, and the main process ends its workers.
+    """Leaves signals to the main process: they reach the whole process group, and the workers end with that process.
 
     (DataLoader sets one torch thread.)
     """
     for number in _MAIN_PROCESS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _MAIN_PROCESS_SIGNALS)
+    end_with_parent()
 
 
 @contextmanager

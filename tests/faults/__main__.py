@@ -1,7 +1,7 @@
 """Injects faults of the machine, the network and the user into real runs, and counts the outcomes:
 
     python -m tests.faults kill --count 200 --seed 1
-    python -m tests.faults kill elastic preempt hang nonfinite lock memory corrupt disk torchrun hosts
+    python -m tests.faults kill elastic preempt hang nonfinite lock memory corrupt disk torchrun hosts interrupt
 
 Prints for each harness the counts by kind, the seed, the minutes and each failure. The exit code is 1 after a failure.
 Without --count each harness makes the number of trials in docs/reports/FAULTS.md. All runs are on the CPU.
@@ -20,6 +20,7 @@ import sys  # noqa: E402
 COUNTS = {
     "kill": (200, 3), "elastic": (10, 0), "corrupt": (500, 12), "disk": (50, 2), "preempt": (100, 2), "hang": (20, 1),
     "nonfinite": (20, 2), "lock": (100, 1), "memory": (10, 2), "torchrun": (6, 0), "hosts": (3, 0),
+    "interrupt": (80, 2),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from utils import interrupt
 from utils.distributed.heartbeat import Heartbeat
 from utils.distributed.launch import port_refusal, read_launch, resolve_master
 from utils.errors import LostProcess, UserError
@@ -74,6 +75,8 @@ def process_group(timeout: int) -> Iterator[DistInfo]:
         if not _LOST.search(str(error)):
             exit_reason = _summarize(error)
             raise
+        if interrupt.received():  # the other process was, too, and has ended first
+            raise KeyboardInterrupt from error
         # This process is not the cause. The group is not destroyed, because that could wait for the lost process.
         exit_reason = ""
         raise LostProcess(
