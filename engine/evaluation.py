@@ -47,6 +47,7 @@ def evaluate_with_average(components: TrainComponents, val: Callable[[], Iterabl
 
     The loss is named `val_loss`. A collective call.
     """
+    components.average_buffers()
     tasks = {"": components.module_without_ddp}
     if components.ema is not None:
         tasks["ema_"] = components.ema.module

@@ -95,7 +95,7 @@ def compile_and_wrap(config: CfgNode, dist_info: DistInfo, components: TrainComp
         return apply_fsdp(config, dist_info, components)
     if dist_info.world_size > 1:
         device_ids = [dist_info.device.index] if dist_info.device.type == "cuda" else None
-        # Masks and indices are the same on all ranks and never change.
+        # Masks and indices never change; running statistics are averaged when they are needed (`average_buffers`).
         wrapped = DistributedDataParallel(
             task, device_ids=device_ids, gradient_as_bucket_view=True, **ddp_without_buffer_sync()
         )

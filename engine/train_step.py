@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from optimizer import Bf16Params
 from tasks.task import Batch, Task
+from utils.distributed.buffers import average_buffers
 from utils.distributed.fsdp import gather_full_state, to_full_tensor
 from utils.errors import TrainingDiverged
 from utils.metrics import Sums
@@ -92,7 +93,8 @@ class TrainComponents:
         return self.task.module if isinstance(self.task, DistributedDataParallel) else self.task
 
     def state_dict(self) -> dict:
-        """Returns model, optimizer, loss scale and average. A collective call under FSDP, where rank 0 gets them."""
+        """Returns model, optimizer, loss scale and average; under FSDP to rank 0. A collective call."""
+        self.average_buffers()
         contents = {
             "model": self.module_without_ddp.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -101,6 +103,12 @@ class TrainComponents:
             "ema": None if self.ema is None else self.ema.module.model.state_dict(),
         }
         return gather_full_state(contents)
+
+    def average_buffers(self) -> None:
+        """Gives all ranks the same running statistics, before they are evaluated or saved. A collective call."""
+        average_buffers(self.module_without_ddp.model)
+        if self.ema is not None:
+            average_buffers(self.ema.module.model)
 
     def load_state_dict(self, saved: dict) -> None:
         """Loads what `state_dict` returned. Weight decay and the like stay as configured for this run.
