@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error{'' if _rank() == 0 else f' (rank {_rank()})'}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        if _rank() == 0:
+        if _rank() == 0 and interrupt.claim_report():
             print("interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
 

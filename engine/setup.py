@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from data.build import Data
 from engine.train_step import TrainComponents
 from models.build import input_channels
-from models.count import count_macs, count_parameters
+from models.count import check_inputs, count_macs, count_parameters
 from models.pretrained.download import resolve_weights
 from models.pretrained.load import load_weights
 from optimizer import Bf16Params, build_optimizer
@@ -43,11 +43,17 @@ def build_components(
     Args:
         data: None where speed is measured without any.
         grad_accum_steps: TRAIN.ACCUMULATION_STEPS if None.
+
+    Raises:
+        UserError: the model cannot be built, or cannot take inputs of the configured sizes.
     """
     if dist_info.device.type == "cpu":
         disable_malloc_trim()
     seed_cpu(config.SEED)
     task = build_task(config, data).to("cpu" if uses_fsdp(config, dist_info) else dist_info.device)
+    if config.EVAL_MODE:
+        task.eval()  # takes inputs that training would refuse
+    check_inputs(task.model, config.MODEL.NAME, config.DATA.BATCH_SIZE, config.DATA.IMG_SIZE, input_channels(config))
     amp_dtype = choose_amp_dtype(config.AMP_ENABLE, config.AMP_DTYPE, dist_info.device)
     log.info(
         "%s: %.3g M parameters, %.3g G multiply-adds an image; %d process(es) on %s, %s",

@@ -29,6 +29,7 @@ from engine.train_step import StepMetrics, TrainComponents, TrainState
 from lr_scheduler import Schedule, build_schedule
 from tasks.build import open_data, train_batches, val_batches
 from tasks.task import Batch, Task
+from utils import interrupt
 from utils.checkpoint.async_saver import AsyncCheckpointer
 from utils.checkpoint.io import CheckpointFolder, not_finite
 from utils.checkpoint.schema import FORMAT
@@ -120,7 +121,7 @@ def _train_locked(
             checkpoints,
             state,
         )
-        if preemption.interrupted:
+        if preemption.interrupted and interrupt.claim_report():
             log.info("interrupted after the last step: the run is complete")
         return preemption.interrupted
 
@@ -212,11 +213,10 @@ class Trainer:
             if logger:
                 logger.close()
         self._finish_saving(checkpointer)
-        if not done:
-            reason = "interrupted: " if preemption.interrupted else ""
+        if not done and (not preemption.interrupted or interrupt.claim_report()):
             log.info(
                 "%sstopped and saved after %s images; the same command continues",
-                reason,
+                "interrupted: " if preemption.interrupted else "",
                 f"{self.state.images_seen:,}",
             )
         return done

@@ -23,11 +23,15 @@ class _Interrupts:
         self.received = 0
         self.on_first: Callable[[], None] | None = None  # None: the first signal ends the process too
         self.log: Callable[[str], object] | None = None
+        self._report = threading.Lock()
         self._reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         signal.signal(signal.SIGINT, _do_nothing)
         threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
+
+    def claim_report(self) -> bool:
+        return self._report.acquire(blocking=False)
 
     def _watch(self) -> None:
         while True:
@@ -40,7 +44,7 @@ class _Interrupts:
         self.received += 1
         on_first = self.on_first
         if on_first is None:
-            self._end("interrupted" if self.received == 1 else "")  # after a save that was reported
+            self._end("interrupted")
         elif self.received > 1:
             self._end("interrupted again: ended without waiting for a save")
         else:
@@ -48,9 +52,10 @@ class _Interrupts:
 
     def _end(self, text: str) -> None:
         try:
-            if text and os.environ.get("RANK", "0") == "0":
+            report = self.claim_report()
+            if report and os.environ.get("RANK", "0") == "0":
                 os.write(2, f"{text}\n".encode())
-            if text and self.log is not None:
+            if report and self.log is not None:
                 logging = threading.Thread(target=self.log, args=(text,), daemon=True)
                 logging.start()
                 logging.join(_LOG_SECONDS)
@@ -93,6 +98,11 @@ def log_with(log: Callable[[str], object]) -> None:
 def received() -> bool:
     """Returns whether SIGINT reached this process."""
     return _interrupts is not None and _interrupts.received > 0
+
+
+def claim_report() -> bool:
+    """Returns whether the caller is the first that is going to say that this process was interrupted."""
+    return _interrupts is None or _interrupts.claim_report()
 
 
 def _forget() -> None:

@@ -240,7 +240,10 @@ def _interrupt_program(
     said = output.read_text() if processes == 1 else "".join(path.read_text() for path in sorted(logs.rglob("*.log")))
     if left or (processes == 1 and program.wait() not in (130, 0)):
         return f"code {program.poll()}, left {left} after {took:.1f} s:\n{said}\n{output.read_text()}", took
-    problem = _problem_of_output(said) if "this run is complete" not in said and "best weights" not in said else ""
+    # Of two signals at almost the same time torchrun may pass on nothing but a SIGTERM.
+    silent = delay is not None and processes == 2 and "interrupted" not in said and "Traceback" not in said
+    complete = "this run is complete" in said or "best weights" in said
+    problem = "" if silent or complete else _problem_of_output(said)
     return (f"{problem}:\n{said}" if problem else ""), took
 
 
