@@ -1,6 +1,8 @@
 """main.py's command line: the key of each flag, refusals, and how mistakes are reported (message, exit code)."""
 
+import ast
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -226,6 +228,13 @@ def test_tasks_without_torchrun_are_refused_before_torch_is_imported(monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(CFG) == 2
     assert "the environment variable RANK is 'x', no number from 0 to 1" in capsys.readouterr().err
+
+
+def test_interrupts_are_handled_before_the_slow_imports_by_the_program_alone():
+    body = ast.parse((REPO_ROOT / "main.py").read_text()).body
+    kinds = [type(statement) for statement in body[:3]]
+    assert kinds == [ast.Expr, ast.ImportFrom, ast.If] and "interrupt.install()" in ast.unparse(body[2])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "importing main.py installs nothing"
 
 
 def test_help_opens_with_commands_answers_at_once_and_without_torch():

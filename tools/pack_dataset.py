@@ -42,6 +42,7 @@ from data.datasets.packed import FORMAT, INDEX, PackedImages, open_packed
 from utils.cli import CliParser, number, run_cli
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
+from utils.orphans import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ def _init_worker(function: Callable[[int], object]) -> None:
     global _function
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles it and stops its workers
+    end_with_parent()
 
 
 def _run_chunk(indices: range) -> list[object]:

@@ -7,7 +7,6 @@ into which Python's handler in C writes them. Imports nothing slow: `main.py` in
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -51,6 +50,7 @@ class _Interrupts:
             on_first()
 
     def _end(self, text: str) -> None:
+        """Ends the process. Workers end with it, see utils/orphans.py."""
         try:
             report = self.claim_report()
             if report and os.environ.get("RANK", "0") == "0":
@@ -59,9 +59,6 @@ class _Interrupts:
                 logging = threading.Thread(target=self.log, args=(text,), daemon=True)
                 logging.start()
                 logging.join(_LOG_SECONDS)
-            if "multiprocessing.process" in sys.modules:  # an import could wait for one under way in the main thread
-                for child in sys.modules["multiprocessing.process"].active_children():
-                    child.kill()
         finally:
             os._exit(_EXIT_CODE)
 

@@ -23,8 +23,8 @@ def end_with_parent() -> None:
 
 
 @atexit.register
-def kill_children() -> None:
-    """Kills the processes that multiprocessing forked here and that are still running."""
+def _kill_children() -> None:
+    """Kills the processes that multiprocessing forked here and that still run: it would wait for them."""
     children = multiprocessing.active_children()
     if children:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report each as a crash

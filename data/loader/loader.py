@@ -6,6 +6,7 @@ B samples of a micro-batch, S the size of an image.
 import itertools
 import logging
 import math
+import multiprocessing
 import random
 import re
 import signal
@@ -233,8 +234,8 @@ class BatchLoader:
             def one_pass() -> Iterator[dict]:
                 self._wait_for_copies(self._number)  # the workers write the first buffers again
                 # A signal that reached a worker before `_start_worker` would kill it, as if it had crashed.
-                mask = signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_PROCESS_SIGNALS)
                 before = set(multiprocessing.active_children())
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_PROCESS_SIGNALS)
                 try:
                     batches = iter(data_loader)
                 except BaseException:  # such as too many processes: those before it wait for a first batch

@@ -249,14 +249,20 @@ def _interrupt_program(
 
 def _ranks_that_handle_signals(pid: int, processes: int) -> bool:
     """Returns whether all ranks have begun main.py: then they have the pipe into which signals are written."""
-    ranks = [pid] if processes == 1 else _children(pid)[:2]
-    return len(ranks) == processes and all(
-        any(os.readlink(file).startswith("pipe:") for file in Path(f"/proc/{rank}/fd").iterdir()) for rank in ranks
-    )
+    try:
+        ranks = [pid] if processes == 1 else _children(pid)[:2]
+        files = [list(Path(f"/proc/{rank}/fd").iterdir()) for rank in ranks]
+        begun = [any(os.readlink(file).startswith("pipe:") for file in each) for each in files]
+    except OSError:  # something was closed or ended meanwhile
+        return False
+    return begun == [True] * processes
 
 
 def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def _descendants(pid: int) -> list[int]:

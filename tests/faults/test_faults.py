@@ -17,7 +17,7 @@ from utils.checkpoint.io import CheckpointFolder, read_checkpoint
 from utils.errors import UserError
 from utils.paths import REPO_ROOT
 
-SHORT = ["kill", "elastic", "preempt", "hang", "nonfinite", "lock", "memory"]
+SHORT = ["kill", "elastic", "preempt", "hang", "nonfinite", "lock", "memory", "interrupt"]
 
 
 def run_harnesses(*args: str) -> str:
@@ -38,7 +38,15 @@ def test_harnesses_in_short_form():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("args", [("kill", "--count", "40"), ("torchrun", "--count", "3"), ("hang", "--count", "10")])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("kill", "--count", "40"),
+        ("torchrun", "--count", "3"),
+        ("hang", "--count", "10"),
+        ("interrupt", "--count", "16"),
+    ],
+)
 def test_harnesses_with_more_trials(args: tuple[str, ...]):
     run_harnesses(*args)
 
