@@ -74,7 +74,7 @@ def shut_down_workers(batches: Iterator) -> None:
         try:
             batches._shutdown_workers()
         finally:
-            for worker in batches._workers:
+            for worker in getattr(batches, "_workers", ()):
                 worker.kill()  # one that is busy ignores SIGTERM, and Python would wait for it at its end
 
 

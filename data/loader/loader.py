@@ -233,8 +233,8 @@ class BatchLoader:
 
             def one_pass() -> Iterator[dict]:
                 self._wait_for_copies(self._number)  # the workers write the first buffers again
-                # A signal that reached a worker before `_start_worker` would kill it, as if it had crashed.
                 before = set(multiprocessing.active_children())
+                # A signal that reached a worker before `_start_worker` would kill it, as if it had crashed.
                 mask = signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_PROCESS_SIGNALS)
                 try:
                     batches = iter(data_loader)
