@@ -106,8 +106,8 @@ _C.TRAIN.EPOCHS = 300  # length of the run, epochs
 _C.TRAIN.WARMUP_EPOCHS = 20  # linear warm-up of the learning rate, epochs; 0 = none
 _C.TRAIN.WEIGHT_DECAY = 0.05  # of all weights except norms, biases and position tables
 _C.TRAIN.BASE_LR = 5e-4  # learning rate after warm-up for a global batch of 512; scaled linearly with its size
-_C.TRAIN.WARMUP_LR = 5e-7  # learning rate at the first step for a global batch of 512; scaled likewise
-_C.TRAIN.MIN_LR = 5e-6  # learning rate at the end of the cosine for a global batch of 512; scaled likewise
+_C.TRAIN.WARMUP_LR = 5e-7  # learning rate at the first step for a global batch of 512, at most BASE_LR; scaled likewise
+_C.TRAIN.MIN_LR = 5e-6  # learning rate at the end of the cosine for a global batch of 512, at most BASE_LR; likewise
 _C.TRAIN.CLIP_GRAD = 5.0  # maximum gradient norm; 0 = no clipping
 _C.TRAIN.AUTO_RESUME = True  # continue from the last checkpoint in the run's folder, if there is one
 _C.TRAIN.ACCUMULATION_STEPS = 1  # gradient accumulation steps: micro-batches per process in one step
@@ -213,14 +213,15 @@ def get_config(cfg_file: str | Path | None, opts: Sequence[object] = (), flags: 
     return config
 
 
-def _build(given: Sequence[Override]) -> tuple[CfgNode, dict[str, str]]:
+def _build(given: Sequence[Override], check_combinations: bool = True) -> tuple[CfgNode, dict[str, str]]:
     """Merges `given` into the defaults, infers unset keys and validates the result; returns the origins too."""
     config = _C.clone()
     origins = merge(config, _translate_deprecated(given), SCHEMA)
     check_each(flatten(config), origins)
     _infer_unset(config, origins)
     described = {key: f"{key} {value!r} ({origins.get(key, 'default')})" for key, value in flatten(config).items()}
-    if contradictions := list(validate_combinations(config, described.__getitem__)):
+    contradictions = list(validate_combinations(config, described.__getitem__)) if check_combinations else []
+    if contradictions:
         raise UserError("\n".join(contradictions))
     config.freeze()
     return config, origins
@@ -232,12 +233,14 @@ def dump(config: CfgNode) -> str:
 
 
 def parse(text: str, origin: str) -> CfgNode:
-    """Returns the configuration that `dump` wrote into the file `origin`. Logs nothing: it is only compared.
+    """Returns the configuration that `dump` wrote into the file `origin`. It is only compared: logs nothing, and accepts
+    combinations of values that this version refuses.
 
     Raises:
         UserError: it was written by a version with other keys, or by another program.
     """
-    return _build([override for override in read_text(text, origin, SCHEMA) if override.key != "BASE"])[0]
+    overrides = [override for override in read_text(text, origin, SCHEMA) if override.key != "BASE"]
+    return _build(overrides, check_combinations=False)[0]
 
 
 def differences(old: CfgNode, new: CfgNode) -> list[tuple[str, object, object]]:

@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from config import SCHEMA, get_config
+from config import SCHEMA, dump, get_config, parse
 from tests._configs import refusal, writer
 from utils.config.docs import CONFIG_MD, config_markdown
 from utils.config.merge import Override, flatten
@@ -250,6 +250,8 @@ def test_bounds_with_a_bracket_are_in_range(key, value):
         ("TRAIN.LR_SCHEDULER.NAME multistep", ["TRAIN.LR_SCHEDULER.MULTISTEPS [] (default)"]),
         ("TRAIN.LR_SCHEDULER.NAME multistep TRAIN.LR_SCHEDULER.MULTISTEPS [60,30]", ["MULTISTEPS [60, 30]"]),
         ("TRAIN.LR_SCHEDULER.NAME multistep TRAIN.LR_SCHEDULER.MULTISTEPS [10,30]", ["TRAIN.WARMUP_EPOCHS 20"]),
+        ("TRAIN.BASE_LR 1e-6", ["TRAIN.MIN_LR 5e-06 (default) must not be above TRAIN.BASE_LR 1e-06 (--opts)"]),
+        ("TRAIN.WARMUP_LR 1e-3", ["TRAIN.WARMUP_LR 0.001 (--opts) must not be above TRAIN.BASE_LR 0.0005 (default)"]),
         ("DATA.BATCH_SIZE 5", ["DATA.BATCH_SIZE 5 (--opts)", "AUG.MIXUP 0 AUG.CUTMIX 0"]),
         ("DATA.BATCH_SIZE 5 AUG.MIXUP 0 AUG.CUTMIX 0 AUG.CUTMIX_MINMAX [0.2,0.8]", ["AUG.CUTMIX_MINMAX None"]),
         ("AUG.CUTMIX_MINMAX [0.8,0.2]", ["AUG.CUTMIX_MINMAX [0.8, 0.2]", "swap"]),
@@ -268,6 +270,11 @@ def test_bounds_with_a_bracket_are_in_range(key, value):
 def test_contradictions_name_the_keys_their_origins_and_a_way_out(opts, parts):
     message = refusal(None, opts.split())
     assert [part for part in parts if part not in message] == [] and message.count("\n") == 0
+
+
+def test_parse_accepts_combinations_of_another_version():
+    text = dump(get_config(None)).replace("BASE_LR: 0.0005", "BASE_LR: 1.0e-06")
+    assert parse(text, "last.pth").TRAIN.BASE_LR == 1e-6
 
 
 @pytest.mark.parametrize("key", ["TAG", "OUTPUT", "DATA.DATA_PATH", "MODEL.NAME", "MODEL.RESUME"])
@@ -289,6 +296,11 @@ def test_all_contradictions_are_reported_at_once():
         "DATA.BATCH_SIZE 1 THROUGHPUT_MODE true",
         "TRAIN.LR_SCHEDULER.NAME multistep TRAIN.LR_SCHEDULER.MULTISTEPS [30,60]",
         "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0",
+        "TRAIN.BASE_LR 1e-6 TRAIN.MIN_LR 1e-6",
+        "TRAIN.BASE_LR 1e-6 TRAIN.LR_SCHEDULER.NAME linear",
+        "TRAIN.WARMUP_LR 1e-3 TRAIN.WARMUP_EPOCHS 0",
+        "TRAIN.BASE_LR 0 TRAIN.EPOCHS 5 THROUGHPUT_MODE true",
+        "TRAIN.BASE_LR 0 TRAIN.EPOCHS 5 EVAL_MODE true MODEL.RESUME x.pth",
         "MODEL.SWIN.IN_CHANS 4 THROUGHPUT_MODE true",
         "DATA.DATASET torch/cifar10",
         "TAG trials/1",

@@ -181,7 +181,8 @@ def validate_combinations(config: CfgNode, describe: Callable[[str], str]) -> It
     """
     if config.MODEL.TYPE in SECTIONS:
         yield from _validate_architecture(config, SECTIONS[config.MODEL.TYPE], describe)
-    yield from _validate_schedule(config.TRAIN, describe)
+    if not (config.EVAL_MODE or config.THROUGHPUT_MODE):  # these use no learning rate
+        yield from _validate_schedule(config.TRAIN, describe)
     yield from _validate_step(config, describe)
     yield from _validate_augmentation(config, describe)
     yield from _validate_dataset(config.DATA, describe)
@@ -231,6 +232,11 @@ def _validate_schedule(train: CfgNode, describe: Callable[[str], str]) -> Iterat
             f"{describe('TRAIN.WARMUP_EPOCHS')} must be less than {describe('TRAIN.EPOCHS')}. "
             "For a short run give both, such as --opts TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 0."
         )
+    # Above BASE_LR, either would turn its part of the schedule upside down: the cosine would rise, the warm-up fall.
+    bounded = {"TRAIN.MIN_LR": train.LR_SCHEDULER.NAME == "cosine", "TRAIN.WARMUP_LR": train.WARMUP_EPOCHS > 0}
+    for key, is_used in bounded.items():
+        if is_used and train[key.partition(".")[2]] > train.BASE_LR:
+            yield f"{describe(key)} must not be above {describe('TRAIN.BASE_LR')}. Give both, or lower {key}."
     if train.LR_SCHEDULER.NAME == "multistep":
         steps = train.LR_SCHEDULER.MULTISTEPS
         if not steps or steps != sorted(set(steps)) or steps[0] < train.WARMUP_EPOCHS:
