@@ -22,6 +22,7 @@ from utils.config.rules import (
     NO_EFFECT,
     NO_EFFECT_FOR,
     NON_SEMANTIC_KEYS,
+    PATHS,
     SECTIONS,
     UNSUPPORTED,
     check_each,
@@ -29,6 +30,7 @@ from utils.config.rules import (
     validate_combinations,
 )
 from utils.errors import UserError
+from utils.paths import expand_user
 
 log = logging.getLogger(__name__)
 
@@ -213,14 +215,20 @@ def get_config(cfg_file: str | Path | None, opts: Sequence[object] = (), flags: 
     return config
 
 
-def _build(given: Sequence[Override], check_combinations: bool = True) -> tuple[CfgNode, dict[str, str]]:
-    """Merges `given` into the defaults, infers unset keys and validates the result; returns the origins too."""
+def _build(given: Sequence[Override], saved: bool = False) -> tuple[CfgNode, dict[str, str]]:
+    """Merges `given` into the defaults, infers unset keys and validates the result; returns the origins too.
+
+    Args:
+        saved: it is of an earlier run, whose values are accepted as they are if each alone is valid.
+    """
     config = _C.clone()
     origins = merge(config, _translate_deprecated(given), SCHEMA)
     check_each(flatten(config), origins)
+    if not saved:
+        _expand_paths(config, origins)
     _infer_unset(config, origins)
     described = {key: f"{key} {value!r} ({origins.get(key, 'default')})" for key, value in flatten(config).items()}
-    contradictions = list(validate_combinations(config, described.__getitem__)) if check_combinations else []
+    contradictions = [] if saved else list(validate_combinations(config, described.__getitem__))
     if contradictions:
         raise UserError("\n".join(contradictions))
     config.freeze()
@@ -233,14 +241,15 @@ def dump(config: CfgNode) -> str:
 
 
 def parse(text: str, origin: str) -> CfgNode:
-    """Returns the configuration that `dump` wrote into the file `origin`. It is only compared: logs nothing, and accepts
-    combinations of values that this version refuses.
+    """Returns the configuration that `dump` wrote into the file `origin`.
+
+    It is only compared: nothing is logged, and combinations of values are accepted that this version refuses.
 
     Raises:
         UserError: it was written by a version with other keys, or by another program.
     """
     overrides = [override for override in read_text(text, origin, SCHEMA) if override.key != "BASE"]
-    return _build(overrides, check_combinations=False)[0]
+    return _build(overrides, saved=True)[0]
 
 
 def differences(old: CfgNode, new: CfgNode) -> list[tuple[str, object, object]]:
@@ -293,6 +302,14 @@ def _infer_unset(config: CfgNode, origins: dict[str, str]) -> None:
             config[section][name] = value
             origins[key] = source
             log.warning("%s is not given: %r, from %s.", key, value, source)
+
+
+def _expand_paths(config: CfgNode, origins: dict[str, str]) -> None:
+    """Replaces `~` in paths, so that the saved config means the same for any user."""
+    for key in PATHS:
+        *sections, name = key.split(".")
+        node = config[sections[0]] if sections else config
+        node[name] = expand_user(node[name], f"{origins.get(key, 'default')}: {key}")
 
 
 def _from_timm(name: str, origin: str) -> dict[str, object]:

@@ -9,7 +9,7 @@ from config import SCHEMA, dump, get_config, parse
 from tests._configs import refusal, writer
 from utils.config.docs import CONFIG_MD, config_markdown
 from utils.config.merge import Override, flatten
-from utils.config.rules import CHOICES, EXPERIMENTAL, INTERVALS
+from utils.config.rules import CHOICES, EXPERIMENTAL, INTERVALS, PATHS
 from utils.paths import REPO_ROOT
 
 DEFAULTS = flatten(get_config(None))
@@ -320,6 +320,34 @@ def test_augmentation_policies_agree_with_timm():
         with pytest.raises(AssertionError):
             transforms.transforms_imagenet_train(32, auto_augment=policy)
         assert "is no policy" in refusal(None, ["AUG.AUTO_AUGMENT", policy])
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_paths_begin_at_the_home_folder(key, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    values = {
+        "~/x": "/home/me/x",
+        "~": "/home/me",
+        "x/~": "x/~",
+        "./~x": "./~x",
+        "https://a.org/~me/w.pth": None,
+        "": None,
+    }
+    for given, expanded in values.items():
+        assert flatten(get_config(None, [key, given]))[key] == (given if expanded is None else expanded)
+    message = refusal(None, [key, "~nosuchuser/x"])
+    assert message.startswith(f"--opts: {key} ~nosuchuser/x: there is no user 'nosuchuser'. Give the path in full")
+
+
+def test_files_begin_at_the_home_folder(write, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("SEED: 3", "base.yaml")
+    write("BASE: ['~/base.yaml']\nTAG: x")
+    config = get_config("~/run.yaml")
+    assert (config.SEED, config.TAG) == (3, "x")
+    assert "--cfg ~nosuchuser/a.yaml: there is no user" in refusal("~nosuchuser/a.yaml")
+    path = write("BASE: ['~nosuchuser/base.yaml']")
+    assert f"{path}, line 1: BASE ~nosuchuser/base.yaml: there is no user" in refusal(path)
 
 
 # ---------------------------------------------------------------- unknown keys

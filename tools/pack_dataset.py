@@ -39,9 +39,10 @@ from data.codecs.pillow_decode import BadImage
 from data.datasets.base import Images, dataset_digest
 from data.datasets.pack_writer import ImageEncoder, ShardWriter, folder_lock
 from data.datasets.packed import FORMAT, INDEX, PackedImages, open_packed
-from utils.cli import CliParser, number, run_cli
+from utils.cli import CliParser, number, run_cli, user_path
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
+from utils.paths import expand_user
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def pack(options: PackOptions) -> None:
     Raises:
         UserError: an error in the data, the folder, the disk or the flags.
     """
-    root, output = Path(options.data_path).expanduser(), options.output
+    root, output = Path(expand_user(options.data_path, "--data-path")), options.output
     if output.resolve() == root.resolve():
         raise UserError(f"{output}: packed data cannot be written into the folder they are made from. Give another.")
     opts = {
@@ -176,7 +177,7 @@ def pack(options: PackOptions) -> None:
 
 def pack_split(options: PackOptions, split: str, images: Images) -> None:
     """Packs one split, continuing an earlier run."""
-    root, folder = Path(options.data_path).expanduser(), options.output / split
+    root, folder = Path(expand_user(options.data_path, "--data-path")), options.output / split
     settings = {
         "format": FORMAT,
         "source": f"{options.dataset} {root.resolve()}",
@@ -245,7 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     default, cores = PackOptions(Path(), ""), len(os.sched_getaffinity(0))
-    parser.add_argument("output", metavar="PACKED", type=Path, help="folder to write")
+    parser.add_argument("output", metavar="PACKED", type=user_path, help="folder to write")
     parser.add_argument("--data-path", metavar="DIR", help="folder of the dataset to pack")
     parser.add_argument("--dataset", metavar="NAME", default=default.dataset, help="as DATA.DATASET (imagenet)")
     parser.add_argument("--zip", dest="zipped", action="store_true", help="the dataset is in zip archives")

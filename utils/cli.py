@@ -10,9 +10,11 @@ import os
 import select
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from utils.errors import ExitCode, UserError
+from utils.paths import expand_user
 
 # Errors of the machine, not of the program: full, read-only or broken disks, missing permissions, limits reached.
 _MACHINE_ERRNOS = frozenset((
@@ -47,6 +49,19 @@ def number(element: type[int] | type[float], low: float, high: float) -> Callabl
         return value
 
     return convert
+
+
+def user_path(text: str) -> Path:
+    """An argparse `type`: a path, in which a leading `~` is the home folder."""
+    try:
+        return Path(expand_user(text, "path"))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def user_path_or_empty(text: str) -> str:
+    """An argparse `type`: as `user_path`, for flags of which '' means "none"."""
+    return text and str(user_path(text))
 
 
 def as_user_error(error: Exception, less_memory: str = LESS_MEMORY) -> UserError | None:

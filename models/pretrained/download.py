@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from models.pretrained import registry
 from utils.errors import UserError
+from utils.paths import expand_user
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def resolve_weights(source: str, progress: bool = False) -> Path:
     Raises:
         UserError: no such file or name, a failed download, or a wrong digest; says where to get the file.
     """
-    location, _, digest = source.partition("#sha256=")
+    location, _, digest = expand_user(source, "weights").partition("#sha256=")
     if digest and not re.fullmatch(r"[0-9a-fA-F]{8,64}", digest):
         raise UserError(f"{source}: a SHA-256 has 64 hexadecimal digits, of which at least the first 8 must be given")
     path, url = Path(location), None

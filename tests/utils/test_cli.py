@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import loader, tables, throughput
-from tools import convert_weights, models, plot_run
-from utils.cli import as_user_error, number, run_cli
+from tools import convert_weights, models, pack_dataset, plot_run
+from utils.cli import as_user_error, number, run_cli, user_path, user_path_or_empty
 from utils.errors import TrainingDiverged, UserError
 
 
@@ -62,6 +62,14 @@ def test_number_has_bounds():
             number(int, 1, 8)(text)
 
 
+def test_user_path_begins_at_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert user_path("~/a.md") == Path("/home/me/a.md") and user_path("a~.md") == Path("a~.md")
+    assert user_path_or_empty("") == "" and user_path_or_empty("~") == "/home/me"
+    with pytest.raises(argparse.ArgumentTypeError, match="there is no user 'nosuchuser'"):
+        user_path("~nosuchuser/a.md")
+
+
 def test_programs_refuse_nonsense_with_a_message(tmp_path: Path, capsys):
     (tmp_path / "no.zip").write_bytes(b"no zip")
     with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
@@ -90,6 +98,10 @@ def test_programs_refuse_nonsense_with_a_message(tmp_path: Path, capsys):
         (models.main, ["swin_tiny", "--write", f"{tmp_path}/no.zip/table.md"]),
         (plot_run.main, [str(tmp_path), "x.png"]),
         (plot_run.main, [str(tmp_path / "run"), "x.png"]),
+        (models.main, ["swin_tiny", "--write", "~nosuchuser/table.md"]),
+        (pack_dataset.main, [f"{tmp_path}/packed", "--data-path", "~nosuchuser/data"]),
+        (pack_dataset.main, ["~nosuchuser/packed", "--data-path", str(tmp_path)]),
+        (convert_weights.main, ["~nosuchuser/a.pth", f"{tmp_path}/out.pth", "--to", "timm"]),
         (convert_weights.main, []),
         (convert_weights.main, ["nowhere.pth", f"{tmp_path}/out.pth", "--to", "timm"]),
         (convert_weights.main, [f"{tmp_path}/no.zip", f"{tmp_path}/out.pth", "--to", "timm"]),

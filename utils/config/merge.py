@@ -20,7 +20,7 @@ import yaml
 from yacs.config import CfgNode
 
 from utils.errors import UserError
-from utils.paths import REPO_ROOT
+from utils.paths import REPO_ROOT, expand_user
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NONES = ("", "none", "null", "~")
@@ -166,7 +166,7 @@ def read_files(path: str | Path, schema: dict[str, KeyType], parents: tuple[str,
     Raises:
         UserError: missing, not YAML, malformed, empty, a duplicate key, a section instead of a value, circular BASE.
     """
-    path = Path(path)
+    path = Path(expand_user(str(path), "--cfg"))
     chain = (*parents, os.path.realpath(path))
     if chain[-1] in parents:
         raise UserError("BASE is circular: " + " → ".join(chain) + ". Remove one of these BASE lines.")
@@ -174,11 +174,12 @@ def read_files(path: str | Path, schema: dict[str, KeyType], parents: tuple[str,
     inherited: list[Override] = []
     for override in [override for override in overrides if override.key == "BASE"]:
         for base in filter(None, _convert(override, schema)):
-            if not (path.parent / base).is_file():
+            base_path = path.parent / expand_user(base, f"{override.origin}: BASE")
+            if not base_path.is_file():
                 raise UserError(
-                    f"{override.origin}: BASE names {base}, but there is no file {path.parent / base}. Fix the path."
+                    f"{override.origin}: BASE names {base}, but there is no file {base_path}. Fix the path."
                 )
-            inherited += read_files(path.parent / base, schema, chain)
+            inherited += read_files(base_path, schema, chain)
     return inherited + [override for override in overrides if override.key != "BASE"]
 
 

@@ -57,6 +57,9 @@ INTERVALS = {
     "(0, 1]": "TRAIN.LAYER_DECAY TRAIN.LR_SCHEDULER.DECAY_RATE TRAIN.LR_SCHEDULER.GAMMA",
 }
 
+# Keys with a path, in which a leading `~` is the home folder. The weights may also be a URL or the name of a release.
+PATHS = ("DATA.DATA_PATH", "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT")
+
 LENGTHS = {"TRAIN.OPTIMIZER.BETAS": 2, "AUG.CUTMIX_MINMAX": 2}
 
 DATASETS = ("imagenet", "imagenet22K", "packed", "demo")
