@@ -30,6 +30,10 @@ def expand_user(path: str, name: str) -> str:
     return expanded
 
 
-def user_cache_dir() -> Path:
-    """The project's folder in the user's cache: $XDG_CACHE_HOME/swin, or ~/.cache/swin."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swin"
+def user_cache_dir() -> Path | None:
+    """The project's folder in the user's cache: $XDG_CACHE_HOME/swin, or ~/.cache/swin.
+
+    None for a user without a home folder, as in a container that runs under any user id: nothing is cached then.
+    """
+    folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return None if folder.startswith("~") else Path(folder) / "swin"

@@ -61,7 +61,12 @@ def resolve_weights(source: str, progress: bool = False) -> Path:
 
 
 def _cache_dir() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"
+    hub = torch.hub.get_dir()
+    if hub.startswith("~"):  # PyTorch would create a folder of that name in the working directory
+        raise UserError(
+            f"weights cannot be kept in {hub}: the present user has no home folder. Set TORCH_HOME to a writable folder"
+        )
+    return Path(hub) / "checkpoints"
 
 
 def _file_name(url: str) -> str:

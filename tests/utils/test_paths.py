@@ -1,24 +1,12 @@
 """utils/paths.py: the home folder in paths, and users without one."""
 
 import os
-import pwd
+from pathlib import Path
 
 import pytest
 
 from utils.errors import UserError
-from utils.paths import expand_user
-
-
-@pytest.fixture
-def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user id without an entry in the password file and without HOME, as in a container with --user."""
-    for name in ("HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-
-    def getpwuid(uid: int) -> pwd.struct_passwd:
-        raise KeyError(uid)
-
-    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+from utils.paths import expand_user, user_cache_dir
 
 
 def test_expand_user_replaces_a_leading_tilde(monkeypatch):
@@ -38,3 +26,13 @@ def test_expand_user_names_the_key_of_an_unknown_user(name):
 def test_expand_user_of_a_user_without_a_home(homeless):
     with pytest.raises(UserError, match="^OUTPUT ~/x: the present user has no home folder, and HOME is not set"):
         expand_user("~/x", "OUTPUT")
+
+
+def test_user_cache_dir(homeless, monkeypatch):
+    assert user_cache_dir() is None
+    monkeypatch.setenv("HOME", "/home/me")
+    assert user_cache_dir() == Path("/home/me/.cache/swin")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/scratch")
+    assert user_cache_dir() == Path("/scratch/swin")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")
+    assert user_cache_dir() == Path("/home/me/cache/swin")
