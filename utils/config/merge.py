@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
+from utils.config.foreign_flags import key_named
 from utils.errors import UserError
 from utils.paths import REPO_ROOT, expand_user
 
@@ -139,7 +140,9 @@ def refuse_unknown(key: str, origin: str, schema: dict[str, KeyType]) -> None:
     if inside:
         raise UserError(f"{origin}: {key} is a section, not a key. Set the keys inside it, such as {inside[0]}.")
     sections = {name.rpartition(".")[0] for name in schema} - {""}
-    guess = nearest(key, [*schema, *sections])
+    leaf = key.rpartition(".")[2]
+    is_leaf_here = any(name.rpartition(".")[2] == leaf.upper() for name in schema)
+    guess = (None if is_leaf_here else key_named(leaf)) or nearest(key, [*schema, *sections])
     advice = f"Did you mean {guess}?" if guess else "config.py lists all keys, each with a comment."
     shown = key if key.isprintable() and key else repr(key)
     raise UnknownKey(f"{origin}: there is no key {shown}. {advice}", key, origin)
