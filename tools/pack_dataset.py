@@ -39,7 +39,7 @@ from data.codecs.pillow_decode import BadImage
 from data.datasets.base import Images, dataset_digest
 from data.datasets.pack_writer import ImageEncoder, ShardWriter, folder_lock
 from data.datasets.packed import FORMAT, INDEX, PackedImages, open_packed
-from utils.cli import CliParser, number, run_cli, user_path
+from utils.cli import CliParser, log_to_stdout, number, run_cli, user_path
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
 from utils.paths import expand_user
@@ -163,6 +163,7 @@ def pack(options: PackOptions) -> None:
         "DATA.DATASET": options.dataset,
         "DATA.ZIP_MODE": options.zipped,
         "DATA.CACHE_MODE": "no",
+        "DATA.NUM_WORKERS": 0,  # --workers processes read the images
         "MODEL.NUM_CLASSES": 0,
     }
     config = get_config(None, [word for item in opts.items() for word in item])
@@ -271,7 +272,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (sys.argv by default) and returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    log_to_stdout()
 
     def program() -> int:
         options = vars(build_parser().parse_args(argv))

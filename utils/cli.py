@@ -5,6 +5,7 @@ Imports nothing slow, so that `--help` and mistakes are answered at once.
 
 import argparse
 import errno
+import logging
 import math
 import os
 import select
@@ -103,6 +104,20 @@ def run_cli(program: Callable[[], int]) -> int:
             raise
         print(f"error: {user_error}", file=sys.stderr)
         return user_error.exit_code
+
+
+class _StdoutHandler(logging.StreamHandler):
+    """Logs to stdout, and to nowhere once its reader has exited: the program continues."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not (isinstance(sys.exc_info()[1], BrokenPipeError) and _discard_closed_stdout()):
+            super().handleError(record)
+
+
+def log_to_stdout() -> None:
+    """Sets up logging for a program whose messages are its output."""
+    handler = _StdoutHandler(sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
 
 
 def _discard_closed_stdout() -> bool:

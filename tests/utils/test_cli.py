@@ -2,6 +2,9 @@
 
 import argparse
 import errno
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -11,7 +14,8 @@ import torch
 from benchmarks import loader, tables, throughput
 from tools import convert_weights, models, pack_dataset, plot_run
 from utils.cli import as_user_error, number, run_cli, user_path, user_path_or_empty
-from utils.errors import TrainingDiverged, UserError
+from utils.errors import ExitCode, TrainingDiverged, UserError
+from utils.paths import REPO_ROOT
 
 
 @pytest.mark.parametrize(
@@ -53,6 +57,20 @@ def test_run_cli_returns_exit_codes(capsys):
     ]  # fmt: skip
     with pytest.raises(RuntimeError, match="a fault"):
         run_cli(fails(RuntimeError("a fault")))
+
+
+def test_programs_whose_reader_has_exited_end_quietly(tmp_path: Path):
+    """stdout is a pipe without a reader: what is printed ends the program, what is logged does not."""
+    printing = ("from utils.cli import run_cli", "sys.exit(run_cli(lambda: print('x' * 100000) or 0))")
+    logging_ = ("from utils.cli import log_to_stdout, run_cli", "log_to_stdout()",
+                "sys.exit(run_cli(lambda: [logging.info('x' * 100000) for _ in range(3)] and 0))")  # fmt: skip
+    for lines, code in ((printing, ExitCode.CLOSED_PIPE), (logging_, ExitCode.OK)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-c", "\n".join(("import logging, sys", *lines))]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPO_ROOT, timeout=60)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (code, "")
 
 
 def test_number_has_bounds():
