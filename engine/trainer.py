@@ -322,9 +322,7 @@ class Trainer:
             }
         )
         progress = Progress(clock.total_images, state.images_seen, clock.epochs, clock.num_images)
-        writer = MetricWriter(
-            self.run_dir.path, self.run_dir.tensorboard, clock.step, state.images_seen, clock.eval_pending
-        )
+        writer = MetricWriter(self.run_dir.path, self.run_dir.tensorboard, state.images_seen, clock.eval_pending)
         writer.add_text("config", self.run_dir.config_file.read_text())
         return TrainLogger(writer, progress, self.dist_info.device, state.images_seen)
 
