@@ -164,6 +164,7 @@ _C.AMP_ENABLE = True  # mixed precision
 _C.AMP_DTYPE = "auto"  # dtype of mixed precision: auto (what the device computes well) | bfloat16 | float16 | float32
 _C.OUTPUT = "logs"  # folder of all runs; each run writes to OUTPUT/MODEL.NAME/TAG
 _C.TAG = "default"  # name of this run, to tell it from others of the same model
+_C.VAL_FREQ = 1  # epochs between two evaluations, of which best.pth is the best; the last epoch is always evaluated
 _C.SAVE_FREQ = 1  # epochs between two numbered checkpoints
 _C.SAVE_STEPS = 0  # steps between two saves of last.pth within an epoch; 0 = none
 _C.SAVE_KEEP = 3  # number of numbered checkpoints to keep, the newest; 0 = all

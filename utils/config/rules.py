@@ -43,7 +43,7 @@ INTERVALS = {
         MODEL.SWINV2.EMBED_DIM MODEL.SWINV2.DEPTHS MODEL.SWINV2.NUM_HEADS MODEL.SWINV2.WINDOW_SIZE
         MODEL.SWIN_MLP.PATCH_SIZE MODEL.SWIN_MLP.IN_CHANS MODEL.SWIN_MLP.EMBED_DIM MODEL.SWIN_MLP.DEPTHS
         MODEL.SWIN_MLP.NUM_HEADS MODEL.SWIN_MLP.WINDOW_SIZE TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS TRAIN.MAX_BAD_STEPS
-        TRAIN.LR_SCHEDULER.DECAY_EPOCHS TRAIN.LR_SCHEDULER.MULTISTEPS SAVE_FREQ PRINT_FREQ""",
+        TRAIN.LR_SCHEDULER.DECAY_EPOCHS TRAIN.LR_SCHEDULER.MULTISTEPS VAL_FREQ SAVE_FREQ PRINT_FREQ""",
     "[1, 65536]": "DATA.BATCH_SIZE",
     "[1, 100]": "AUG.RECOUNT",
     "[1, 1000000]": "TIMEOUT",
@@ -111,11 +111,12 @@ EXPERIMENTAL = ("TRAIN.CUDA_GRAPHS", "TRAIN.BF16_PARAMS")
 
 # Keys that do not change what a run computes: two configs that differ only in these describe the same run. Not
 # included: ACCUMULATION_STEPS, USE_CHECKPOINT, ATTN and the like, which may change the last digits, and DATA.ZIP_MODE,
-# because a zip may hold other files than the folder, or in another order.
+# because a zip may hold other files than the folder, or in another order. Included: VAL_FREQ, which changes only which
+# epochs best.pth is chosen from; training, last.pth and the numbered checkpoints do not depend on evaluations.
 NON_SEMANTIC_KEYS = frozenset(NO_EFFECT) | {
     "BASE", "DATA.DATA_PATH", "DATA.CACHE_MODE", "DATA.PIN_MEMORY", "DATA.NUM_WORKERS", "DATA.MAX_BAD_IMAGES",
-    "MODEL.RESUME", "TRAIN.AUTO_RESUME", "TRAIN.MAX_BAD_STEPS", "OUTPUT", "TAG", "SAVE_FREQ", "SAVE_STEPS", "SAVE_KEEP",
-    "PRINT_FREQ", "TIMEOUT", "EVAL_MODE", "THROUGHPUT_MODE",
+    "MODEL.RESUME", "TRAIN.AUTO_RESUME", "TRAIN.MAX_BAD_STEPS", "OUTPUT", "TAG", "VAL_FREQ", "SAVE_FREQ", "SAVE_STEPS",
+    "SAVE_KEEP", "PRINT_FREQ", "TIMEOUT", "EVAL_MODE", "THROUGHPUT_MODE",
 }  # fmt: skip
 
 # Values of other keys that compute the same bits, so that a run may change from one to another.

@@ -4,8 +4,6 @@ import csv
 import json
 import logging
 import os
-import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests._forked import forked
 from utils.errors import UserError
-from utils.files import append
 from utils.tracking import logger
 from utils.tracking.image_grid import caption_of, captioned_grid
 from utils.tracking.metric_writer import MetricWriter
