@@ -22,6 +22,7 @@ from utils.config.rules import (
     NO_EFFECT,
     NO_EFFECT_FOR,
     NON_SEMANTIC_KEYS,
+    PATHS,
     SECTIONS,
     UNSUPPORTED,
     check_each,
@@ -29,6 +30,7 @@ from utils.config.rules import (
     validate_combinations,
 )
 from utils.errors import UserError
+from utils.paths import expand_user
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +108,8 @@ _C.TRAIN.EPOCHS = 300  # length of the run, epochs
 _C.TRAIN.WARMUP_EPOCHS = 20  # linear warm-up of the learning rate, epochs; 0 = none
 _C.TRAIN.WEIGHT_DECAY = 0.05  # of all weights except norms, biases and position tables
 _C.TRAIN.BASE_LR = 5e-4  # learning rate after warm-up for a global batch of 512; scaled linearly with its size
-_C.TRAIN.WARMUP_LR = 5e-7  # learning rate at the first step for a global batch of 512; scaled likewise
-_C.TRAIN.MIN_LR = 5e-6  # learning rate at the end of the cosine for a global batch of 512; scaled likewise
+_C.TRAIN.WARMUP_LR = 5e-7  # learning rate at the first step for a global batch of 512, at most BASE_LR; scaled likewise
+_C.TRAIN.MIN_LR = 5e-6  # learning rate at the end of the cosine for a global batch of 512, at most BASE_LR; likewise
 _C.TRAIN.CLIP_GRAD = 5.0  # maximum gradient norm; 0 = no clipping
 _C.TRAIN.AUTO_RESUME = True  # continue from the last checkpoint in the run's folder, if there is one
 _C.TRAIN.ACCUMULATION_STEPS = 1  # gradient accumulation steps: micro-batches per process in one step
@@ -162,6 +164,7 @@ _C.AMP_ENABLE = True  # mixed precision
 _C.AMP_DTYPE = "auto"  # dtype of mixed precision: auto (what the device computes well) | bfloat16 | float16 | float32
 _C.OUTPUT = "logs"  # folder of all runs; each run writes to OUTPUT/MODEL.NAME/TAG
 _C.TAG = "default"  # name of this run, to tell it from others of the same model
+_C.VAL_FREQ = 1  # epochs between two evaluations, of which best.pth is the best; the last epoch is always evaluated
 _C.SAVE_FREQ = 1  # epochs between two numbered checkpoints
 _C.SAVE_STEPS = 0  # steps between two saves of last.pth within an epoch; 0 = none
 _C.SAVE_KEEP = 3  # number of numbered checkpoints to keep, the newest; 0 = all
@@ -213,14 +216,21 @@ def get_config(cfg_file: str | Path | None, opts: Sequence[object] = (), flags: 
     return config
 
 
-def _build(given: Sequence[Override]) -> tuple[CfgNode, dict[str, str]]:
-    """Merges `given` into the defaults, infers unset keys and validates the result; returns the origins too."""
+def _build(given: Sequence[Override], saved: bool = False) -> tuple[CfgNode, dict[str, str]]:
+    """Merges `given` into the defaults, infers unset keys and validates the result; returns the origins too.
+
+    Args:
+        saved: it is of an earlier run, whose values are accepted as they are if each alone is valid.
+    """
     config = _C.clone()
     origins = merge(config, _translate_deprecated(given), SCHEMA)
     check_each(flatten(config), origins)
+    if not saved:
+        _expand_paths(config, origins)
     _infer_unset(config, origins)
     described = {key: f"{key} {value!r} ({origins.get(key, 'default')})" for key, value in flatten(config).items()}
-    if contradictions := list(validate_combinations(config, described.__getitem__)):
+    contradictions = [] if saved else list(validate_combinations(config, described.__getitem__))
+    if contradictions:
         raise UserError("\n".join(contradictions))
     config.freeze()
     return config, origins
@@ -232,12 +242,15 @@ def dump(config: CfgNode) -> str:
 
 
 def parse(text: str, origin: str) -> CfgNode:
-    """Returns the configuration that `dump` wrote into the file `origin`. Logs nothing: it is only compared.
+    """Returns the configuration that `dump` wrote into the file `origin`.
+
+    It is only compared: nothing is logged, and combinations of values are accepted that this version refuses.
 
     Raises:
         UserError: it was written by a version with other keys, or by another program.
     """
-    return _build([override for override in read_text(text, origin, SCHEMA) if override.key != "BASE"])[0]
+    overrides = [override for override in read_text(text, origin, SCHEMA) if override.key != "BASE"]
+    return _build(overrides, saved=True)[0]
 
 
 def differences(old: CfgNode, new: CfgNode) -> list[tuple[str, object, object]]:
@@ -290,6 +303,14 @@ def _infer_unset(config: CfgNode, origins: dict[str, str]) -> None:
             config[section][name] = value
             origins[key] = source
             log.warning("%s is not given: %r, from %s.", key, value, source)
+
+
+def _expand_paths(config: CfgNode, origins: dict[str, str]) -> None:
+    """Replaces `~` in paths, so that the saved config means the same for any user."""
+    for key in PATHS:
+        *sections, name = key.split(".")
+        node = config[sections[0]] if sections else config
+        node[name] = expand_user(node[name], f"{origins.get(key, 'default')}: {key}")
 
 
 def _from_timm(name: str, origin: str) -> dict[str, object]:

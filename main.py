@@ -33,11 +33,13 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import NoReturn
 
 from yacs.config import CfgNode
 
 from config import get_config
 from utils.cli import CliParser, as_user_error
+from utils.config.foreign_flags import explain_flag
 from utils.config.merge import Override, nearest, parse_opts
 from utils.distributed.launch import read_launch
 from utils.errors import ExitCode, LostProcess, UserError
@@ -132,7 +134,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[CfgNode, argparse.Namespace
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        _refuse_argument(unknown[0], parser)
+        _refuse_argument(unknown, parser)
     if not args.cfg:
         raise UserError("--cfg FILE is missing: name a recipe, such as --cfg configs/swin_tiny.yaml (see --help).")
     given = {override.key: override for override in [*args.flags, *parse_opts(args.opts)]}
@@ -202,13 +204,17 @@ def _rank() -> int:
     return int(rank) if rank.isdecimal() else 0
 
 
-def _refuse_argument(argument: str, parser: argparse.ArgumentParser) -> None:
-    name = argument.partition("=")[0]
+def _refuse_argument(unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
+    """Raises UserError for the first of the arguments that the parser does not know."""
+    name, has_value, value = unknown[0].partition("=")
     if not name.startswith("-"):
-        raise UserError(f"{argument!r} belongs to no flag. Keys are set by --opts KEY VALUE (see --help).")
-    known = [option for option in parser._option_string_actions if option.startswith("--")]
+        raise UserError(f"{unknown[0]!r} belongs to no flag. Keys are set by --opts KEY VALUE (see --help).")
+    following = unknown[1] if len(unknown) > 1 and not unknown[1].startswith("-") else None
+    known = [option for option in parser._option_string_actions if option.startswith("--") and option != "--help"]
     guess = nearest(name, known)
-    raise UserError(f"there is no flag {name}. " + (f"Did you mean {guess}?" if guess else "--help lists all flags."))
+    advice = explain_flag(name, value if has_value else following)
+    advice = advice or (f"Did you mean {guess}?" if guess else "--help lists all flags.")
+    raise UserError(f"there is no flag {name}. {advice}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,7 +29,7 @@ from config import get_config
 from models.build import architecture_of, build_model
 from models.ops import dispatch as ops
 from models.other_libraries import LIBRARIES, Logits, build_with
-from utils.cli import CliParser, number, run_cli
+from utils.cli import CliParser, number, run_cli, user_path
 from utils.errors import UserError
 from utils.paths import REPO_ROOT
 from utils.table import Column, Table, circumstances
@@ -184,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--libraries", nargs="*", choices=list(LIBRARIES), default=list(LIBRARIES))
     parser.add_argument("--variant", nargs="+", action="append", default=[], metavar="NAME KEY VALUE")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="also write footprint.md and .csv there")
+    parser.add_argument("--output", type=user_path, metavar="DIR", help="also write footprint.md and .csv there")
     return parser
 
 

@@ -40,7 +40,7 @@ from benchmarks.loader_stages import stages_table
 from benchmarks.loader_system import data_wait_table, memory_table, scaling_table, start_table, train_throughput
 from benchmarks.timing import choose_device, device_slug, ratios
 from data.native.library import library
-from utils.cli import CliParser, number, run_cli
+from utils.cli import CliParser, number, run_cli, user_path, user_path_or_empty
 from utils.compile_native import CannotBuild
 from utils.files import write_text
 from utils.paths import REPO_ROOT
@@ -160,14 +160,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CliParser(
         prog="python -m benchmarks.loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", metavar="ZIP", type=Path, help="zip of JPEGs; synthetic ones if not given")
+    parser.add_argument("--images", metavar="ZIP", type=user_path, help="zip of JPEGs; synthetic ones if not given")
     parser.add_argument("--limit", metavar="N", type=count, default=500, help="images to use (500)")
     parser.add_argument("--only", metavar="PART", nargs="+", choices=PARTS, default=list(PARTS), help=", ".join(PARTS))
     parser.add_argument("--batch-size", metavar="N", type=count, default=32, help="images of a batch (32)")
     parser.add_argument("--batches", metavar="N", type=count, default=8, help="of each pipeline in each round (8)")
     parser.add_argument("--rounds", metavar="N", type=count, default=5, help="medians are taken over these (5)")
     parser.add_argument("--workers", metavar="N", type=count, default=CORES, help="at most (cores)")
-    parser.add_argument("--output", metavar="DIR", default=str(RESULTS), help="where to write; '' for nowhere")
+    parser.add_argument(
+        "--output", metavar="DIR", type=user_path_or_empty, default=str(RESULTS), help="where to write; '' for nowhere"
+    )
     return parser
 
 

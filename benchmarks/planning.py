@@ -12,14 +12,13 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 
 from config import get_config
 from models.build import build_model
 from models.count import count_macs, count_parameters
-from utils.cli import CliParser, number, run_cli
+from utils.cli import CliParser, number, run_cli, user_path
 from utils.files import write_text
 from utils.paths import REPO_ROOT
 from utils.table import Column, Table
@@ -195,7 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
         flag = f"--{assumption.name.replace('_', '-')}"
         positive = number(int if isinstance(assumption.default, int) else float, 1e-9, 1e12)
         parser.add_argument(flag, type=positive, default=assumption.default, metavar="N")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page there instead of printing it")
+    parser.add_argument("--write", type=user_path, metavar="FILE", help="write the page there instead of printing it")
     return parser
 
 

@@ -44,7 +44,7 @@ from models.build import architecture_of, build_model
 from models.count import count_macs
 from models.other_libraries import LIBRARIES, Logits, build_with
 from optimizer import build_optimizer
-from utils.cli import CliParser, number, run_cli
+from utils.cli import CliParser, number, run_cli, user_path
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
 from utils.malloc import disable_malloc_trim
@@ -338,7 +338,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="of each candidate in each round (2)")
     parser.add_argument("--rounds", type=count, default=5, metavar="N", help="medians are taken over these (5)")
     parser.add_argument("--subprocess", action="store_true", help="each candidate in a process of its own")
-    parser.add_argument("--write", type=Path, metavar="FILE.md", help="add the rows to this file and FILE.csv")
+    parser.add_argument("--write", type=user_path, metavar="FILE.md", help="add the rows to this file and FILE.csv")
     return parser
 
 

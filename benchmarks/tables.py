@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks import table1, table4, table5, table7
 from benchmarks.timing import InferenceTimer, choose_device
-from utils.cli import CliParser, number, run_cli
+from utils.cli import CliParser, number, run_cli, user_path_or_empty
 from utils.errors import UserError
 from utils.paths import REPO_ROOT
 from utils.table import Table, circumstances
@@ -57,16 +57,24 @@ def build_parser() -> argparse.ArgumentParser:
     parents = {"1": [rows, timing, data], "4": [rows, data], "5": [rows, timing], "7": []}
     for name, module in (("1", table1), ("4", table4), ("5", table5), ("7", table7)):
         table = tables.add_parser(name, help=(module.__doc__ or "").partition("\n")[0], parents=parents[name])
-        table.add_argument("--output", metavar="DIR", default=str(RESULTS), help="where to write; '' for nowhere")
+        table.add_argument(
+            "--output", metavar="DIR", type=user_path_or_empty, default=str(RESULTS),
+            help="where to write; '' for nowhere",
+        )  # fmt: skip
         if name == "1":
             table.add_argument("--count-only", action="store_true", help="measure nothing")
-            table.add_argument("--weights", metavar="DIR", default="", help="holds <name>.pth or <name>.safetensors")
+            table.add_argument(
+                "--weights", metavar="DIR", type=user_path_or_empty, default="",
+                help="holds <name>.pth or <name>.safetensors",
+            )  # fmt: skip
         elif name == "4":
             table.add_argument("--cfg", metavar="FILE", default="configs/swin_tiny.yaml", help="the recipe to vary")
             table.add_argument(
                 "--processes", type=number(int, 1, 1024), default=1, metavar="N", help="GPUs to train on (1)"
             )
-            table.add_argument("--runs", metavar="DIR", default="logs", help="of the runs (logs)")
+            table.add_argument(
+                "--runs", metavar="DIR", type=user_path_or_empty, default="logs", help="of the runs (logs)"
+            )
         elif name == "5":
             table.add_argument("--models", nargs="+", choices=["T", "S", "B"], default=["T", "S", "B"])
     return parser

@@ -14,13 +14,12 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from benchmarks.step import MODES, BenchmarkCase, build_bare_step, build_own_step, build_peer_step
 from benchmarks.timing import Step, choose_device, compare_steps, median_ratio
-from utils.cli import CliParser, number, run_cli
+from utils.cli import CliParser, number, run_cli, user_path
 from utils.files import write_text
 from utils.table import Column, Table, circumstances
 
@@ -53,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=number(int, 1, 65536), default=8)
     parser.add_argument("--seconds", type=number(float, 0, 1e5), default=3.0, help="of each candidate in each round")
     parser.add_argument("--rounds", type=number(int, 1, 1e4), default=7, help="medians are taken over these")
-    parser.add_argument("--write", type=Path, help="Markdown file for the table, with hardware, versions and command")
+    parser.add_argument(
+        "--write", type=user_path, help="Markdown file for the table, with hardware, versions and command"
+    )
     return parser
 
 

@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -25,7 +24,7 @@ from benchmarks.timing import Step
 from engine.throughput import images_per_second
 from models.ops import dispatch as ops
 from models.ops.window import ShiftedWindows
-from utils.cli import CliParser, number, run_cli
+from utils.cli import CliParser, number, run_cli, user_path
 from utils.files import write_text
 from utils.table import Column, Table, circumstances
 
@@ -173,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=number(int, 1, 65536), default=64, metavar="N", help="maps at a time (64)")
     parser.add_argument("--seconds", type=float, default=0.2, help="of each measurement (0.2)")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown file for the tables")
+    parser.add_argument("--write", type=user_path, metavar="FILE", help="Markdown file for the tables")
     return parser
 
 

@@ -95,7 +95,7 @@ def _data_path(config: CfgNode) -> Path:
     layout = datasets.LAYOUT_ZIP if config.DATA.ZIP_MODE else layouts.get(name, "{root}, a folder to download to")
     if not path:
         raise UserError(f"DATA.DATA_PATH is empty: give --data-path DIR. Expected {layout.format(root='DIR')}.")
-    root = Path(path).expanduser()
+    root = Path(path)
     if not root.is_dir() and name in layouts:
         raise UserError(f"DATA.DATA_PATH (--data-path): no folder {root}. Expected {layout.format(root=root)}.")
     return root

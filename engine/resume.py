@@ -1,6 +1,7 @@
 """The start of a training run: its folder, the checkpoint it resumes from, and whether it is still the same run."""
 
 import logging
+import math
 from dataclasses import asdict, dataclass, replace
 
 from yacs.config import CfgNode
@@ -10,6 +11,7 @@ from data.build import Data
 from data.datasets.base import dataset_digest
 from engine.setup import check_same_class_names, load_pretrained
 from engine.train_step import TrainComponents, TrainState
+from lr_scheduler import build_schedule
 from models.pretrained.download import resolve_weights
 from utils.checkpoint.io import CheckpointFolder, read_checkpoint
 from utils.checkpoint.schema import validate_checkpoint
@@ -142,7 +144,13 @@ def check_resume_data(
             )
             current = replace(current, global_batch_size=saved.global_batch_size)
     _check_global_batch_size(point, saved, current, config, dist_info, allow_config_change)
+    _log_learning_rate_change(point, saved_config, saved, config, current)
     return current
+
+
+def saved_global_batch_size(point: ResumePoint | None) -> int | None:
+    """Returns the global batch size of the last step of a resumed run; None for a new run."""
+    return None if point is None else point.contents.get("train_data", {}).get("global_batch_size")
 
 
 def resume_or_init(
@@ -226,6 +234,25 @@ def _check_global_batch_size(
         raise UserError(
             f"{point.path}: the run has seen {images_seen:,} images, which is no whole number of steps at "
             f"{current.global_batch_size} images each (batch size x processes x accumulation steps). {advice}"
+        )
+
+
+def _log_learning_rate_change(
+    point: ResumePoint, saved_config: CfgNode, saved: TrainDataInfo, config: CfgNode, current: TrainDataInfo
+) -> None:
+    """Logs the learning rate of the next step before and after a change, such as of the number of epochs."""
+    images_seen = point.contents["state"]["images_seen"]
+    before, after = (
+        build_schedule(each, data.num_images, data.global_batch_size).at(images_seen // data.global_batch_size)
+        for each, data in ((saved_config, saved), (config, current))
+    )
+    if not math.isclose(before, after, rel_tol=1e-6):
+        factor = after / before if before > 0 else math.inf
+        log.warning(
+            "with these changes the learning rate of the next step is %.3g instead of %.3g (times %s)",
+            after,
+            before,
+            f"{factor:.3g}" if factor < 1000 else f"{factor:,.0f}",
         )
 
 

@@ -17,12 +17,14 @@ from config import dump
 from data.build import Data, TrainBatches, ValBatches
 from data.loader.loader import explain_worker_crash
 from engine import evaluation, train_step
+from engine.clock import Clock
 from engine.resume import (
     TrainDataInfo,
     check_resume_data,
     load_resume_checkpoint,
     open_run_dir,
     resume_or_init,
+    saved_global_batch_size,
 )
 from engine.setup import build_components, compile_and_wrap
 from engine.train_step import StepMetrics, TrainComponents, TrainState
@@ -93,10 +95,17 @@ def _train_locked(
         components = build_components(config, dist_info, data, grad_accum_steps)
         _log_plan(train_data, schedule)
         state = resume_or_init(config, dist_info, components, data.class_names, point)
+        last_step_images = saved_global_batch_size(point) or train_data.global_batch_size
         del point  # as large as everything that is trained
 
         clock = Clock(
-            state, train_data.num_images, train_data.global_batch_size, schedule.total_steps, config.TRAIN.EPOCHS
+            state=state,
+            num_images=train_data.num_images,
+            global_batch_size=train_data.global_batch_size,
+            last_step_images=last_step_images,
+            total_steps=schedule.total_steps,
+            epochs=config.TRAIN.EPOCHS,
+            val_freq=config.VAL_FREQ,
         )
         if clock.complete:
             log.info("this run is complete: all %d epochs are done", config.TRAIN.EPOCHS)
@@ -136,45 +145,6 @@ def _log_plan(train_data: TrainDataInfo, schedule: Schedule) -> None:
     if train_data.global_batch_size > train_data.num_images:
         epochs = train_data.global_batch_size / train_data.num_images
         log.warning("a step takes more images than there are: it completes %.1f epochs", epochs)
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Converts the number of images seen into steps and epochs."""
-
-    state: TrainState
-    num_images: int  # in an epoch
-    global_batch_size: int
-    total_steps: int
-    epochs: int
-
-    @property
-    def step(self) -> int:
-        """The number of steps made so far."""
-        return self.state.images_seen // self.global_batch_size
-
-    @property
-    def total_images(self) -> int:
-        return self.total_steps * self.global_batch_size
-
-    @property
-    def epoch(self) -> int:
-        """The number of epochs completed so far. The last step may reach over the end of the last one."""
-        return min(self.state.images_seen // self.num_images, self.epochs)
-
-    @property
-    def epoch_ended(self) -> bool:
-        """Whether the last step completed an epoch."""
-        return self.epoch > (self.state.images_seen - self.global_batch_size) // self.num_images
-
-    @property
-    def eval_pending(self) -> bool:
-        """Whether an epoch is complete except for its evaluation."""
-        return self.epoch_ended and self.state.epoch_sums.get("steps", 0) > 0
-
-    @property
-    def complete(self) -> bool:
-        return self.state.images_seen >= self.total_images and not self.eval_pending
 
 
 @dataclass(frozen=True)
@@ -237,16 +207,17 @@ class Trainer:
             self.components, stream, state, self.schedule.at, self.train_data.global_batch_size
         )
         for metrics in steps:
-            stopping = preemption.should_stop()
-            saving = clock.epoch_ended or stopping or (config.SAVE_STEPS > 0 and clock.step % config.SAVE_STEPS == 0)
-            if saving or clock.step % config.PRINT_FREQ == 0:
+            stopping, epoch_ended = preemption.should_stop(), clock.epoch_ended
+            # Also before the evaluation of an epoch, so that a crash there loses the evaluation alone.
+            saving = stopping or (epoch_ended and clock.eval_due)
+            saving = saving or (config.SAVE_STEPS > 0 and clock.step % config.SAVE_STEPS == 0)
+            if saving or epoch_ended or clock.step % config.PRINT_FREQ == 0:
                 self._log_steps(metrics, logger, train)
             if saving:
-                # Also before the evaluation of an epoch, so that a crash there loses the evaluation alone.
                 self._save(checkpointer)
-            if stopping or (clock.epoch_ended and not self._end_epoch(preemption, checkpointer, logger, val)):
+            if stopping or (epoch_ended and not self._end_epoch(preemption, checkpointer, logger, val)):
                 return False
-            if saving and logger:
+            if (saving or epoch_ended) and logger:
                 logger.resume_clock(state.images_seen, train.wait_seconds)
         return True
 
@@ -265,14 +236,22 @@ class Trainer:
         logger: TrainLogger | None,
         val: ValBatches,
     ) -> bool:
-        """Evaluates, logs and saves the complete epoch. Returns False, having changed nothing, if asked to stop."""
-        most = broadcast_from_main(len(val))
-        evaluated = evaluation.evaluate_with_average(self.components, lambda: preemption.iterate_until_stop(val, most))
-        if preemption.should_stop(wait=True):
-            return False
+        """Evaluates the complete epoch if that is due, logs and saves it. A collective call.
+
+        Returns:
+            False, having changed nothing, if asked to stop.
+        """
+        evaluated: dict[str, float] = {}
+        if self.clock.eval_due:
+            most = broadcast_from_main(len(val))
+            evaluated = evaluation.evaluate_with_average(
+                self.components, lambda: preemption.iterate_until_stop(val, most)
+            )
+            if preemption.should_stop(wait=True):
+                return False
         state, epoch = self.state, self.clock.epoch
         metrics = {f"train_{name}": mean for name, mean in state.end_epoch().items()} | evaluated
-        improved = self._update_best(evaluated)
+        improved = bool(evaluated) and self._update_best(evaluated)
         if logger:
             metrics |= {"lr": self.schedule.at(self.clock.step - 1), "skipped": state.skipped}
             logger.log_epoch(epoch, self.clock.step, state.images_seen, metrics | state.best_as("best"))
@@ -334,9 +313,7 @@ class Trainer:
             }
         )
         progress = Progress(clock.total_images, state.images_seen, clock.epochs, clock.num_images)
-        writer = MetricWriter(
-            self.run_dir.path, self.run_dir.tensorboard, clock.step, state.images_seen, clock.eval_pending
-        )
+        writer = MetricWriter(self.run_dir.path, self.run_dir.tensorboard, state.images_seen, clock.eval_pending)
         writer.add_text("config", self.run_dir.config_file.read_text())
         return TrainLogger(writer, progress, self.dist_info.device, state.images_seen)
 
@@ -365,6 +342,9 @@ def best_metric_name(config: CfgNode, task: Task) -> str:
 
 
 def log_results(task: Task, metric: str, run_dir: RunDir, checkpoints: CheckpointFolder, state: TrainState) -> None:
+    if state.best_metric is None:  # EPOCHS was made smaller, and no epoch up to it was due for evaluation
+        log.info("no epoch was evaluated (VAL_FREQ); the last checkpoint is %s", checkpoints.last)
+        return
     evaluate = ["python", "main.py", "--cfg", str(run_dir.config_file), "--eval", "--resume", str(checkpoints.best)]
     log.info(
         "best %s\n  log           less %s\n  TensorBoard   tensorboard --logdir %s\n  best weights  %s",

@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import logging
+import pwd
 from collections.abc import Iterator
 
 import pytest
@@ -32,3 +33,15 @@ def reset_compiler(request: pytest.FixtureRequest) -> None:
     """Clears torch.compile's caches: shapes of other tests would make it compile for dynamic shapes, which is slow."""
     if "compile" in request.node.name:
         torch.compiler.reset()
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user id without an entry in the password file and without HOME, as in a container with --user."""
+    for name in ("HOME", "XDG_CACHE_HOME", "TORCH_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def getpwuid(uid: int) -> pwd.struct_passwd:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)

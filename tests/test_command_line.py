@@ -12,6 +12,7 @@ import pytest
 import main as main_module
 from config import get_config
 from main import build_parser, main, parse_command_line
+from utils.config.foreign_flags import FOREIGN_FLAGS
 from utils.config.merge import flatten
 from utils.errors import TrainingDiverged, UserError
 from utils.paths import REPO_ROOT
@@ -120,6 +121,29 @@ def test_allow_config_change_is_no_key():
         (["--data_path", "x"], "Did you mean --data-path?"),
         (["--pretrain", "x"], "Did you mean --pretrained?"),
         (["--qqqqqqq"], "--help lists all flags"),
+        (
+            ["--lr", "0.1"],
+            "TRAIN.BASE_LR (for 512 images a step: it is scaled with the global batch size), set by --opts",
+        ),
+        (["--lr=0.1"], "set by --opts TRAIN.BASE_LR 0.1."),
+        (
+            ["--epochs", "3"],
+            "there is no flag --epochs. Here it is the key TRAIN.EPOCHS, set by --opts TRAIN.EPOCHS 3.",
+        ),
+        (["--epochs"], "set by --opts TRAIN.EPOCHS VALUE."),
+        (["--epochs", "--tag", "x"], "set by --opts TRAIN.EPOCHS VALUE."),
+        (["--workers", "4"], "set by --opts DATA.NUM_WORKERS 4."),
+        (["-j", "4"], "set by --opts DATA.NUM_WORKERS 4."),
+        (["--weight-decay", "0.1"], "set by --opts TRAIN.WEIGHT_DECAY 0.1."),
+        (["--weight_decay", "0.1"], "set by --opts TRAIN.WEIGHT_DECAY 0.1."),
+        (["--model-ema"], "set by --opts TRAIN.EMA_DECAY 0.9999."),
+        (["--img-size", "384"], "set by --opts DATA.IMG_SIZE 384."),
+        (["--grad-accum-steps", "2"], "there is no flag --grad-accum-steps. Here it is --accumulation-steps 2."),
+        (
+            ["--model", "resnet50"],
+            "Here --cfg names a recipe. For timm's models: --opts MODEL.TYPE timm MODEL.NAME res",
+        ),
+        (["--test-only"], "Here it is --eval."),
         (["-x"], "there is no flag -x"),
         (["word"], "'word' belongs to no flag. Keys are set by --opts"),
         (["--tag"], "argument --tag: expected one argument. `python main.py --help`"),
@@ -139,6 +163,15 @@ def test_allow_config_change_is_no_key():
 )
 def test_refused(argv, message):
     assert message in refusal(*CFG, *argv)
+
+
+def test_flags_of_other_programs_mean_keys_and_flags_that_exist():
+    ours = set(build_parser()._option_string_actions)
+    assert ours.isdisjoint(FOREIGN_FLAGS)
+    for flag, meaning in FOREIGN_FLAGS.items():
+        assert meaning in ours or meaning.partition(" ")[0] in PLAIN, flag
+        if " " in meaning:
+            get_config(None, meaning.split())
 
 
 def test_cfg_is_required():

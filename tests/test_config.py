@@ -5,11 +5,11 @@ import re
 import pytest
 import yaml
 
-from config import SCHEMA, get_config
+from config import SCHEMA, dump, get_config, parse
 from tests._configs import refusal, writer
 from utils.config.docs import CONFIG_MD, config_markdown
 from utils.config.merge import Override, flatten
-from utils.config.rules import CHOICES, EXPERIMENTAL, INTERVALS
+from utils.config.rules import CHOICES, EXPERIMENTAL, INTERVALS, PATHS
 from utils.paths import REPO_ROOT
 
 DEFAULTS = flatten(get_config(None))
@@ -250,6 +250,8 @@ def test_bounds_with_a_bracket_are_in_range(key, value):
         ("TRAIN.LR_SCHEDULER.NAME multistep", ["TRAIN.LR_SCHEDULER.MULTISTEPS [] (default)"]),
         ("TRAIN.LR_SCHEDULER.NAME multistep TRAIN.LR_SCHEDULER.MULTISTEPS [60,30]", ["MULTISTEPS [60, 30]"]),
         ("TRAIN.LR_SCHEDULER.NAME multistep TRAIN.LR_SCHEDULER.MULTISTEPS [10,30]", ["TRAIN.WARMUP_EPOCHS 20"]),
+        ("TRAIN.BASE_LR 1e-6", ["TRAIN.MIN_LR 5e-06 (default) must not be above TRAIN.BASE_LR 1e-06 (--opts)"]),
+        ("TRAIN.WARMUP_LR 1e-3", ["TRAIN.WARMUP_LR 0.001 (--opts) must not be above TRAIN.BASE_LR 0.0005 (default)"]),
         ("DATA.BATCH_SIZE 5", ["DATA.BATCH_SIZE 5 (--opts)", "AUG.MIXUP 0 AUG.CUTMIX 0"]),
         ("DATA.BATCH_SIZE 5 AUG.MIXUP 0 AUG.CUTMIX 0 AUG.CUTMIX_MINMAX [0.2,0.8]", ["AUG.CUTMIX_MINMAX None"]),
         ("AUG.CUTMIX_MINMAX [0.8,0.2]", ["AUG.CUTMIX_MINMAX [0.8, 0.2]", "swap"]),
@@ -268,6 +270,11 @@ def test_bounds_with_a_bracket_are_in_range(key, value):
 def test_contradictions_name_the_keys_their_origins_and_a_way_out(opts, parts):
     message = refusal(None, opts.split())
     assert [part for part in parts if part not in message] == [] and message.count("\n") == 0
+
+
+def test_parse_accepts_combinations_of_another_version():
+    text = dump(get_config(None)).replace("BASE_LR: 0.0005", "BASE_LR: 1.0e-06")
+    assert parse(text, "last.pth").TRAIN.BASE_LR == 1e-6
 
 
 @pytest.mark.parametrize("key", ["TAG", "OUTPUT", "DATA.DATA_PATH", "MODEL.NAME", "MODEL.RESUME"])
@@ -289,6 +296,11 @@ def test_all_contradictions_are_reported_at_once():
         "DATA.BATCH_SIZE 1 THROUGHPUT_MODE true",
         "TRAIN.LR_SCHEDULER.NAME multistep TRAIN.LR_SCHEDULER.MULTISTEPS [30,60]",
         "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0",
+        "TRAIN.BASE_LR 1e-6 TRAIN.MIN_LR 1e-6",
+        "TRAIN.BASE_LR 1e-6 TRAIN.LR_SCHEDULER.NAME linear",
+        "TRAIN.WARMUP_LR 1e-3 TRAIN.WARMUP_EPOCHS 0",
+        "TRAIN.BASE_LR 0 TRAIN.EPOCHS 5 THROUGHPUT_MODE true",
+        "TRAIN.BASE_LR 0 TRAIN.EPOCHS 5 EVAL_MODE true MODEL.RESUME x.pth",
         "MODEL.SWIN.IN_CHANS 4 THROUGHPUT_MODE true",
         "DATA.DATASET torch/cifar10",
         "TAG trials/1",
@@ -310,6 +322,34 @@ def test_augmentation_policies_agree_with_timm():
         assert "is no policy" in refusal(None, ["AUG.AUTO_AUGMENT", policy])
 
 
+@pytest.mark.parametrize("key", PATHS)
+def test_paths_begin_at_the_home_folder(key, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    values = {
+        "~/x": "/home/me/x",
+        "~": "/home/me",
+        "x/~": "x/~",
+        "./~x": "./~x",
+        "https://a.org/~me/w.pth": None,
+        "": None,
+    }
+    for given, expanded in values.items():
+        assert flatten(get_config(None, [key, given]))[key] == (given if expanded is None else expanded)
+    message = refusal(None, [key, "~nosuchuser/x"])
+    assert message.startswith(f"--opts: {key} ~nosuchuser/x: there is no user 'nosuchuser'. Give the path in full")
+
+
+def test_files_begin_at_the_home_folder(write, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("SEED: 3", "base.yaml")
+    write("BASE: ['~/base.yaml']\nTAG: x")
+    config = get_config("~/run.yaml")
+    assert (config.SEED, config.TAG) == (3, "x")
+    assert "--cfg ~nosuchuser/a.yaml: there is no user" in refusal("~nosuchuser/a.yaml")
+    path = write("BASE: ['~nosuchuser/base.yaml']")
+    assert f"{path}, line 1: BASE ~nosuchuser/base.yaml: there is no user" in refusal(path)
+
+
 # ---------------------------------------------------------------- unknown keys
 
 
@@ -321,7 +361,10 @@ def test_augmentation_policies_agree_with_timm():
         ("TRAIN.BATCH_SIZE", "Did you mean DATA.BATCH_SIZE?"),
         ("OPTIMIZER.NAME", "Did you mean TRAIN.OPTIMIZER.NAME?"),
         ("train.epochs", "Did you mean TRAIN.EPOCHS?"),
-        ("AMP", "config.py"),
+        ("AMP", "Did you mean AMP_ENABLE?"),
+        ("LR", "Did you mean TRAIN.BASE_LR?"),
+        ("TRAIN.WD", "Did you mean TRAIN.WEIGHT_DECAY?"),
+        ("DATA.WORKERS", "Did you mean DATA.NUM_WORKERS?"),
         ("QQQ.ZZZ", "config.py lists all keys"),
         ("TRAIN", "is a section, not a key. Set the keys inside it, such as TRAIN.START_EPOCH"),
         ("BASE", "only inside a YAML file"),

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from engine import throughput, train_step
 from main import main
 from utils.paths import REPO_ROOT
+from utils.tracking.metric_writer import read_records
 
 TRAIN, VAL, BATCH = 44, 14, 8  # an epoch is 5.5 batches, so one batch spans two epochs
 COLORS = {"blue": (30, 30, 220), "green": (30, 220, 30)}
@@ -280,6 +281,7 @@ def test_changed_config_in_the_same_folder_is_refused(job, recipe: Path):
     longer = ["--opts", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0"]
     code, output = job("--allow-config-change", *longer)
     assert code == 0 and "TRAIN.EPOCHS: 1 there, 2 now" in output
+    assert "the learning rate of the next step is 0.00067 instead of 7.81e-08" in output
     assert checkpoint(recipe)["state"]["images_seen"] == 2 * TRAIN
     code, output = job(*longer, "TRAIN.AUTO_RESUME", "False")
     assert code == 2 and "TRAIN.AUTO_RESUME is off" in output
@@ -290,6 +292,36 @@ def test_changed_config_in_the_same_folder_is_refused(job, recipe: Path):
     assert job(*longer)[0] == 0, "a refused start has changed nothing"
     code, output = job("--allow-config-change", "--optim", "sgd", *longer)
     assert code == 2 and "its optimizer is AdamW, not SGD" in output
+
+
+def test_val_freq_evaluates_every_second_epoch_and_the_last(job, recipe: Path, monkeypatch):
+    """The training is the same, also if it is stopped at the end of an epoch that is not evaluated."""
+    assert job("--tag", "always")[0] == 0
+    code, output = job("--tag", "seldom", "--opts", "VAL_FREQ", "2")
+    assert code == 0 and "best top-1" in output
+    epochs = [record for record in read_records(run_dir(recipe, "seldom")) if record["kind"] == "epoch"]
+    assert [(record["epoch"], "acc1" in record) for record in epochs] == [(1, False), (2, True), (3, True)]
+    assert all("train_loss" in record for record in epochs)
+    always, seldom = checkpoint(recipe, "always"), checkpoint(recipe, "seldom")
+    for name in ("model", "optimizer", "ema"):
+        assert_same(always[name], seldom[name])
+
+    steps = train_step.train_steps
+
+    def stop_at_the_end_of_epoch_1(*args):
+        for metrics in steps(*args):
+            if args[2].images_seen == 6 * BATCH:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield metrics
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_step, "train_steps", stop_at_the_end_of_epoch_1)
+        assert job("--tag", "stopped", "--opts", "VAL_FREQ", "2")[0] == 0
+    assert checkpoint(recipe, "stopped")["state"]["images_seen"] == 6 * BATCH
+    assert job("--tag", "stopped", "--opts", "VAL_FREQ", "2")[0] == 0
+    assert_same(seldom | {"config": ""}, checkpoint(recipe, "stopped") | {"config": ""})
+    stopped = [record["epoch"] for record in read_records(run_dir(recipe, "stopped")) if record["kind"] == "epoch"]
+    assert stopped == [1, 2, 3]
 
 
 def test_log_file_contains_the_error_that_ended_the_run(job, recipe: Path):

@@ -13,7 +13,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ from models.count import count_macs, count_parameters
 from models.other_libraries import LIBRARIES, Architecture, Logits, build_with
 from models.pretrained import registry
 from models.pretrained.load import load_weights
-from utils.cli import CliParser, run_cli
+from utils.cli import CliParser, run_cli, user_path
 from utils.errors import UserError
 from utils.files import write_text
 from utils.paths import REPO_ROOT
@@ -129,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="RECIPE", help="compare only these recipes")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table to FILE as Markdown")
+    parser.add_argument("--write", type=user_path, metavar="FILE", help="write the table to FILE as Markdown")
     return parser
 
 

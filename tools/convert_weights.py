@@ -35,7 +35,7 @@ from models.pretrained.convert import (
 from models.pretrained.download import resolve_weights
 from models.pretrained.key_maps import DERIVED, FORMATS
 from utils.checkpoint.io import SAFETENSORS, extract_state_dict, read_checkpoint, write_weights
-from utils.cli import CliParser, number, run_cli
+from utils.cli import CliParser, number, run_cli, user_path
 from utils.errors import UserError
 
 KEYS = ("model", "state_dict")  # of the weights, in files that contain more
@@ -50,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="IN", help="weights in any format: file, name or URL")
-    parser.add_argument("target", metavar="OUT", type=Path, help=f"the file to write, ending in {', '.join(SUFFIXES)}")
+    parser.add_argument(
+        "target", metavar="OUT", type=user_path, help=f"the file to write, ending in {', '.join(SUFFIXES)}"
+    )
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
     parser.add_argument(
         "--window-size", metavar="N", type=number(int, 1, 2**16),

@@ -10,11 +10,10 @@ A name works wherever a weight file does, such as --pretrained NAME.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from models.pretrained import registry
 from models.pretrained.registry import COUNTED, Release
-from utils.cli import CliParser, run_cli
+from utils.cli import CliParser, run_cli, user_path
 from utils.errors import UserError
 from utils.files import write_text
 from utils.table import Column, Table
@@ -61,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("words", nargs="*", metavar="WORD", help="parts of the names to list")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the list to FILE as Markdown")
+    parser.add_argument("--write", type=user_path, metavar="FILE", help="write the list to FILE as Markdown")
     return parser
 
 

@@ -39,10 +39,11 @@ from data.codecs.pillow_decode import BadImage
 from data.datasets.base import Images, dataset_digest
 from data.datasets.pack_writer import ImageEncoder, ShardWriter, folder_lock
 from data.datasets.packed import FORMAT, INDEX, PackedImages, open_packed
-from utils.cli import CliParser, number, run_cli
+from utils.cli import CliParser, log_to_stdout, number, run_cli, user_path
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
 from utils.orphans import end_with_parent
+from utils.paths import expand_user
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def pack(options: PackOptions) -> None:
     Raises:
         UserError: an error in the data, the folder, the disk or the flags.
     """
-    root, output = Path(options.data_path).expanduser(), options.output
+    root, output = Path(expand_user(options.data_path, "--data-path")), options.output
     if output.resolve() == root.resolve():
         raise UserError(f"{output}: packed data cannot be written into the folder they are made from. Give another.")
     opts = {
@@ -164,6 +165,7 @@ def pack(options: PackOptions) -> None:
         "DATA.DATASET": options.dataset,
         "DATA.ZIP_MODE": options.zipped,
         "DATA.CACHE_MODE": "no",
+        "DATA.NUM_WORKERS": 0,  # --workers processes read the images
         "MODEL.NUM_CLASSES": 0,
     }
     config = get_config(None, [word for item in opts.items() for word in item])
@@ -178,7 +180,7 @@ def pack(options: PackOptions) -> None:
 
 def pack_split(options: PackOptions, split: str, images: Images) -> None:
     """Packs one split, continuing an earlier run."""
-    root, folder = Path(options.data_path).expanduser(), options.output / split
+    root, folder = Path(expand_user(options.data_path, "--data-path")), options.output / split
     settings = {
         "format": FORMAT,
         "source": f"{options.dataset} {root.resolve()}",
@@ -247,7 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     default, cores = PackOptions(Path(), ""), len(os.sched_getaffinity(0))
-    parser.add_argument("output", metavar="PACKED", type=Path, help="folder to write")
+    parser.add_argument("output", metavar="PACKED", type=user_path, help="folder to write")
     parser.add_argument("--data-path", metavar="DIR", help="folder of the dataset to pack")
     parser.add_argument("--dataset", metavar="NAME", default=default.dataset, help="as DATA.DATASET (imagenet)")
     parser.add_argument("--zip", dest="zipped", action="store_true", help="the dataset is in zip archives")
@@ -272,7 +274,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (sys.argv by default) and returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    log_to_stdout()
 
     def program() -> int:
         options = vars(build_parser().parse_args(argv))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from utils.cli import CliParser, run_cli
+from utils.cli import CliParser, run_cli, user_path
 from utils.errors import UserError
 from utils.tracking.metric_writer import read_records
 
@@ -92,8 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a run, such as logs/demo/default")
-    parser.add_argument("image", metavar="IMAGE", type=Path, help="the image to write, .png or .svg")
+    parser.add_argument("folder", metavar="RUN", type=user_path, help="the folder of a run, such as logs/demo/default")
+    parser.add_argument("image", metavar="IMAGE", type=user_path, help="the image to write, .png or .svg")
     return parser
 
 

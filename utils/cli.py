@@ -5,14 +5,17 @@ Imports nothing slow, so that `--help` and mistakes are answered at once.
 
 import argparse
 import errno
+import logging
 import math
 import os
 import select
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from utils.errors import ExitCode, UserError
+from utils.paths import expand_user
 
 # Errors of the machine, not of the program: full, read-only or broken disks, missing permissions, limits reached.
 _MACHINE_ERRNOS = frozenset((
@@ -47,6 +50,19 @@ def number(element: type[int] | type[float], low: float, high: float) -> Callabl
         return value
 
     return convert
+
+
+def user_path(text: str) -> Path:
+    """An argparse `type`: a path, in which a leading `~` is the home folder."""
+    try:
+        return Path(expand_user(text, "path"))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def user_path_or_empty(text: str) -> str:
+    """An argparse `type`: as `user_path`, for flags of which '' means "none"."""
+    return text and str(user_path(text))
 
 
 def as_user_error(error: Exception, less_memory: str = LESS_MEMORY) -> UserError | None:
@@ -88,6 +104,20 @@ def run_cli(program: Callable[[], int]) -> int:
             raise
         print(f"error: {user_error}", file=sys.stderr)
         return user_error.exit_code
+
+
+class _StdoutHandler(logging.StreamHandler):
+    """Logs to stdout, and to nowhere once its reader has exited: the program continues."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not (isinstance(sys.exc_info()[1], BrokenPipeError) and _discard_closed_stdout()):
+            super().handleError(record)
+
+
+def log_to_stdout() -> None:
+    """Sets up logging for a program whose messages are its output."""
+    handler = _StdoutHandler(sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
 
 
 def _discard_closed_stdout() -> bool:

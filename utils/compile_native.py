@@ -60,6 +60,11 @@ class NativeLibrary:
 
     def _cached_path(self) -> Path:
         """The path of the compiled library."""
+        cache = user_cache_dir()
+        if cache is None:
+            raise CannotBuild(
+                "the user has no home folder to cache compiled code in; set XDG_CACHE_HOME to a writable folder"
+            )
         command = [_compiler(self.language), "-march=native", *self.flags, "-fPIC", "-shared"]
         sources = sorted(self.folder.glob("*.[ch]*"))
         digest = hashlib.blake2b(digest_size=16)
@@ -67,7 +72,7 @@ class NativeLibrary:
             digest.update(part.encode() + b"\0")
         for source in sources:
             digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-        path = user_cache_dir() / f"{self.folder.parent.name}-{digest.hexdigest()}.so"
+        path = cache / f"{self.folder.parent.name}-{digest.hexdigest()}.so"
         if not path.is_file():
             units = [str(source) for source in sources if source.suffix in (".c", ".cpp")]
             self._compile([*command, *units, *self.libraries], path)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from utils.errors import UserError
 from utils.files import replace_atomically
+from utils.paths import expand_user
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> int:
         log.error("usage: python -m data.datasets.digits DIR")
         return UserError.exit_code
     try:
-        write_demo(Path(argv[0]))
+        write_demo(Path(expand_user(argv[0], "DIR")))
     except UserError as error:
         log.error("%s", error)
         return error.exit_code

@@ -81,10 +81,13 @@ def cached(root: Path, name: str, build: Callable[[], tuple[Index, list[Path]]])
     Args:
         build: makes the index, and lists the directories and files below `root` that it depends on.
 
-    The cache is in `root`, or in the user's cache folder when `root` is read-only. It is written atomically, contains
-    plain arrays only (loading it executes nothing), and is rebuilt when it is damaged.
+    The cache is in `root`, or in the user's cache folder when `root` is read-only; nowhere when there is none either.
+    It is written atomically, contains plain arrays only (loading it executes nothing), and is rebuilt when it is
+    damaged.
     """
-    cache_files = [root / f".swin_index_{name}.npz", user_cache_dir() / f"{_path_digest(root)}_{name}.npz"]
+    cache_files = [root / f".swin_index_{name}.npz"]
+    if user_cache := user_cache_dir():
+        cache_files.append(user_cache / f"{_path_digest(root)}_{name}.npz")
     for cache_file in cache_files:
         index = _load(cache_file, root)
         if index is not None:

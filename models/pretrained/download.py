@@ -23,6 +23,7 @@ from tqdm import tqdm
 from models.pretrained import registry
 from utils.errors import UserError
 from utils.locks import try_lock, wait_for_lock
+from utils.paths import expand_user
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def resolve_weights(source: str, progress: bool = False) -> Path:
     Raises:
         UserError: no such file or name, a failed download, or a wrong digest; says where to get the file.
     """
-    location, _, digest = source.partition("#sha256=")
+    location, _, digest = expand_user(source, "weights").partition("#sha256=")
     if digest and not re.fullmatch(r"[0-9a-fA-F]{8,64}", digest):
         raise UserError(f"{source}: a SHA-256 has 64 hexadecimal digits, of which at least the first 8 must be given")
     path, url = Path(location), None
@@ -61,7 +62,12 @@ def resolve_weights(source: str, progress: bool = False) -> Path:
 
 
 def _cache_dir() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"
+    hub = torch.hub.get_dir()
+    if hub.startswith("~"):  # PyTorch would create a folder of that name in the working directory
+        raise UserError(
+            f"weights cannot be kept in {hub}: the present user has no home folder. Set TORCH_HOME to a writable folder"
+        )
+    return Path(hub) / "checkpoints"
 
 
 def _file_name(url: str) -> str:

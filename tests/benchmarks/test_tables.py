@@ -81,7 +81,7 @@ def test_table_4_trains_with_main_and_shows_the_last_epoch(monkeypatch: pytest.M
         calls.append((arguments, processes))
         folder = tmp_path / "swin_tiny_patch4_window7_224" / "table4_none"
         folder.mkdir(parents=True)
-        writer = MetricWriter(folder, tmp_path / "tensorboard", 0, 0)
+        writer = MetricWriter(folder, tmp_path / "tensorboard", images_seen=0)
         for epoch in (1, 2):
             writer.add("epoch", epoch, 8 * epoch, {"epoch": epoch, "acc1": 70.0 + epoch, "acc5": 90.0 + epoch})
         writer.add("train", 3, 24, {"loss": 1.0})

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from config import dump, get_config
-from engine.resume import ResumePoint, TrainDataInfo, load_resume_checkpoint, suggest_batch_flags
+from data.build import Data
+from engine.resume import (
+    ResumePoint,
+    TrainDataInfo,
+    check_resume_data,
+    load_resume_checkpoint,
+    suggest_batch_flags,
+)
 from utils.checkpoint.io import CheckpointFolder
 from utils.distributed.process_group import DistInfo
 from utils.tracking.run_dir import RunDir
@@ -97,6 +104,27 @@ def test_a_start_reads_its_checkpoint_once(run_dir, checkpoints, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda path, **options: read.append(path) or loaded(path, **options))
     assert choose(run_dir, checkpoints).contents["state"]["images_seen"] == 8
     assert read == [checkpoints.last]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("", ""),
+        ("TRAIN.EPOCHS 30", "the learning rate of the next step is 2.94e-06 instead of 3.91e-08 (times 75.2)"),
+        ("TRAIN.BASE_LR 0", "the learning rate of the next step is 0 instead of 3.91e-08 (times 0)"),
+        ("TRAIN.ACCUMULATION_STEPS 2", "the learning rate of the next step is 7.81e-08 instead of 3.91e-08 (times 2)"),
+    ],
+)
+def test_a_changed_learning_rate_is_logged(changes, message, monkeypatch, caplog):
+    """After all 10 epochs of 8 images, the cosine is at its end."""
+    monkeypatch.setattr("engine.resume.dataset_digest", lambda images: "")
+    base = ["DATA.BATCH_SIZE", 4, "TRAIN.EPOCHS", 10, "TRAIN.WARMUP_EPOCHS", 0]
+    config = get_config(None, base + (["TRAIN.MIN_LR", 0] if "BASE_LR" in changes else []) + changes.split())
+    point = ResumePoint("last.pth", contents(80) | {"config": dump(get_config(None, base))})
+    data = Data(train=range(8), val=range(8), num_classes=2, class_names=None)
+    check_resume_data(config, ALONE, data, point, allow_config_change=True)
+    logged = [line for line in caplog.messages if "learning rate" in line]
+    assert logged == ([f"with these changes {message}"] if message else [])
 
 
 @pytest.mark.parametrize(

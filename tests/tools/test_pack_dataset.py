@@ -84,6 +84,12 @@ def test_pack_continues_after_an_interruption(source, tmp_path, monkeypatch, cap
     assert pack_dataset.main([str(tmp_path / "parts"), "--verify", "--workers", "1"]) == 0
 
 
+def test_pack_logs_no_key_that_it_does_not_use(source, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    assert run(tmp_path, source) == 0
+    assert "NUM_WORKERS" not in caplog.text
+
+
 def test_continuing_with_other_settings_is_refused(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pack_writer.ShardWriter, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(tmp_path, source) == 130

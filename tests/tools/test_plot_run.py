@@ -10,7 +10,7 @@ from utils.tracking.metric_writer import MetricWriter
 
 
 def write_run(folder: Path, metrics: dict[str, float], launch: dict[str, object]) -> None:
-    writer = MetricWriter(folder, folder / "tensorboard", 0, 0)
+    writer = MetricWriter(folder, folder / "tensorboard", images_seen=0)
     for step in (1, 2, 3, 4):
         writer.add("train", step, 10 * step, {"loss": 2.0 / step})
     writer.add("epoch", 4, 40, {"epoch": 1, "val_loss": 0.7} | metrics)

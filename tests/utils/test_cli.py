@@ -2,6 +2,9 @@
 
 import argparse
 import errno
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,9 +12,10 @@ import pytest
 import torch
 
 from benchmarks import loader, tables, throughput
-from tools import convert_weights, models, plot_run
-from utils.cli import as_user_error, number, run_cli
-from utils.errors import TrainingDiverged, UserError
+from tools import convert_weights, models, pack_dataset, plot_run
+from utils.cli import as_user_error, number, run_cli, user_path, user_path_or_empty
+from utils.errors import ExitCode, TrainingDiverged, UserError
+from utils.paths import REPO_ROOT
 
 
 @pytest.mark.parametrize(
@@ -55,11 +59,33 @@ def test_run_cli_returns_exit_codes(capsys):
         run_cli(fails(RuntimeError("a fault")))
 
 
+def test_programs_whose_reader_has_exited_end_quietly(tmp_path: Path):
+    """stdout is a pipe without a reader: what is printed ends the program, what is logged does not."""
+    printing = ("from utils.cli import run_cli", "sys.exit(run_cli(lambda: print('x' * 100000) or 0))")
+    logging_ = ("from utils.cli import log_to_stdout, run_cli", "log_to_stdout()",
+                "sys.exit(run_cli(lambda: [logging.info('x' * 100000) for _ in range(3)] and 0))")  # fmt: skip
+    for lines, code in ((printing, ExitCode.CLOSED_PIPE), (logging_, ExitCode.OK)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-c", "\n".join(("import logging, sys", *lines))]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPO_ROOT, timeout=60)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (code, "")
+
+
 def test_number_has_bounds():
     assert number(int, 1, 8)("8") == 8 and number(float, 0, 1)("0.5") == 0.5
     for text in ("0", "9", "x", "1.5", "nan", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="is no number from 1 to 8"):
             number(int, 1, 8)(text)
+
+
+def test_user_path_begins_at_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert user_path("~/a.md") == Path("/home/me/a.md") and user_path("a~.md") == Path("a~.md")
+    assert user_path_or_empty("") == "" and user_path_or_empty("~") == "/home/me"
+    with pytest.raises(argparse.ArgumentTypeError, match="there is no user 'nosuchuser'"):
+        user_path("~nosuchuser/a.md")
 
 
 def test_programs_refuse_nonsense_with_a_message(tmp_path: Path, capsys):
@@ -90,6 +116,10 @@ def test_programs_refuse_nonsense_with_a_message(tmp_path: Path, capsys):
         (models.main, ["swin_tiny", "--write", f"{tmp_path}/no.zip/table.md"]),
         (plot_run.main, [str(tmp_path), "x.png"]),
         (plot_run.main, [str(tmp_path / "run"), "x.png"]),
+        (models.main, ["swin_tiny", "--write", "~nosuchuser/table.md"]),
+        (pack_dataset.main, [f"{tmp_path}/packed", "--data-path", "~nosuchuser/data"]),
+        (pack_dataset.main, ["~nosuchuser/packed", "--data-path", str(tmp_path)]),
+        (convert_weights.main, ["~nosuchuser/a.pth", f"{tmp_path}/out.pth", "--to", "timm"]),
         (convert_weights.main, []),
         (convert_weights.main, ["nowhere.pth", f"{tmp_path}/out.pth", "--to", "timm"]),
         (convert_weights.main, [f"{tmp_path}/no.zip", f"{tmp_path}/out.pth", "--to", "timm"]),

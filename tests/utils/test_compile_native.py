@@ -70,6 +70,11 @@ def test_a_missing_or_failing_compiler_is_reported(cache, tmp_path, monkeypatch,
         library(source(tmp_path / "part", "int one(void) { return 1; }")).load()
 
 
+def test_a_user_without_a_home_is_reported(cache, tmp_path, homeless):
+    with pytest.raises(CannotBuild, match="no home folder.* set XDG_CACHE_HOME"):
+        library(source(tmp_path / "part", "int one(void) { return 1; }")).load()
+
+
 @needs_compiler
 def test_a_read_only_cache_is_reported(cache, tmp_path):
     cache.parent.mkdir()

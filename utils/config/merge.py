@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
+from utils.config.foreign_flags import key_named
 from utils.errors import UserError
-from utils.paths import REPO_ROOT
+from utils.paths import REPO_ROOT, expand_user
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NONES = ("", "none", "null", "~")
@@ -139,7 +140,9 @@ def refuse_unknown(key: str, origin: str, schema: dict[str, KeyType]) -> None:
     if inside:
         raise UserError(f"{origin}: {key} is a section, not a key. Set the keys inside it, such as {inside[0]}.")
     sections = {name.rpartition(".")[0] for name in schema} - {""}
-    guess = nearest(key, [*schema, *sections])
+    leaf = key.rpartition(".")[2]
+    is_leaf_here = any(name.rpartition(".")[2] == leaf.upper() for name in schema)
+    guess = (None if is_leaf_here else key_named(leaf)) or nearest(key, [*schema, *sections])
     advice = f"Did you mean {guess}?" if guess else "config.py lists all keys, each with a comment."
     shown = key if key.isprintable() and key else repr(key)
     raise UnknownKey(f"{origin}: there is no key {shown}. {advice}", key, origin)
@@ -166,7 +169,7 @@ def read_files(path: str | Path, schema: dict[str, KeyType], parents: tuple[str,
     Raises:
         UserError: missing, not YAML, malformed, empty, a duplicate key, a section instead of a value, circular BASE.
     """
-    path = Path(path)
+    path = Path(expand_user(str(path), "--cfg"))
     chain = (*parents, os.path.realpath(path))
     if chain[-1] in parents:
         raise UserError("BASE is circular: " + " → ".join(chain) + ". Remove one of these BASE lines.")
@@ -174,11 +177,12 @@ def read_files(path: str | Path, schema: dict[str, KeyType], parents: tuple[str,
     inherited: list[Override] = []
     for override in [override for override in overrides if override.key == "BASE"]:
         for base in filter(None, _convert(override, schema)):
-            if not (path.parent / base).is_file():
+            base_path = path.parent / expand_user(base, f"{override.origin}: BASE")
+            if not base_path.is_file():
                 raise UserError(
-                    f"{override.origin}: BASE names {base}, but there is no file {path.parent / base}. Fix the path."
+                    f"{override.origin}: BASE names {base}, but there is no file {base_path}. Fix the path."
                 )
-            inherited += read_files(path.parent / base, schema, chain)
+            inherited += read_files(base_path, schema, chain)
     return inherited + [override for override in overrides if override.key != "BASE"]
 
 

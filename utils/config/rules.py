@@ -43,7 +43,7 @@ INTERVALS = {
         MODEL.SWINV2.EMBED_DIM MODEL.SWINV2.DEPTHS MODEL.SWINV2.NUM_HEADS MODEL.SWINV2.WINDOW_SIZE
         MODEL.SWIN_MLP.PATCH_SIZE MODEL.SWIN_MLP.IN_CHANS MODEL.SWIN_MLP.EMBED_DIM MODEL.SWIN_MLP.DEPTHS
         MODEL.SWIN_MLP.NUM_HEADS MODEL.SWIN_MLP.WINDOW_SIZE TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS TRAIN.MAX_BAD_STEPS
-        TRAIN.LR_SCHEDULER.DECAY_EPOCHS TRAIN.LR_SCHEDULER.MULTISTEPS SAVE_FREQ PRINT_FREQ""",
+        TRAIN.LR_SCHEDULER.DECAY_EPOCHS TRAIN.LR_SCHEDULER.MULTISTEPS VAL_FREQ SAVE_FREQ PRINT_FREQ""",
     "[1, 65536]": "DATA.BATCH_SIZE",
     "[1, 100]": "AUG.RECOUNT",
     "[1, 1000000]": "TIMEOUT",
@@ -56,6 +56,9 @@ INTERVALS = {
     "[0, 1]": "AUG.HFLIP AUG.REPROB AUG.CUTMIX_MINMAX AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB",
     "(0, 1]": "TRAIN.LAYER_DECAY TRAIN.LR_SCHEDULER.DECAY_RATE TRAIN.LR_SCHEDULER.GAMMA",
 }
+
+# Keys with a path, in which a leading `~` is the home folder. The weights may also be a URL or the name of a release.
+PATHS = ("DATA.DATA_PATH", "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT")
 
 LENGTHS = {"TRAIN.OPTIMIZER.BETAS": 2, "AUG.CUTMIX_MINMAX": 2}
 
@@ -108,11 +111,12 @@ EXPERIMENTAL = ("TRAIN.CUDA_GRAPHS", "TRAIN.BF16_PARAMS")
 
 # Keys that do not change what a run computes: two configs that differ only in these describe the same run. Not
 # included: ACCUMULATION_STEPS, USE_CHECKPOINT, ATTN and the like, which may change the last digits, and DATA.ZIP_MODE,
-# because a zip may hold other files than the folder, or in another order.
+# because a zip may hold other files than the folder, or in another order. Included: VAL_FREQ, which changes only which
+# epochs best.pth is chosen from; training, last.pth and the numbered checkpoints do not depend on evaluations.
 NON_SEMANTIC_KEYS = frozenset(NO_EFFECT) | {
     "BASE", "DATA.DATA_PATH", "DATA.CACHE_MODE", "DATA.PIN_MEMORY", "DATA.NUM_WORKERS", "DATA.MAX_BAD_IMAGES",
-    "MODEL.RESUME", "TRAIN.AUTO_RESUME", "TRAIN.MAX_BAD_STEPS", "OUTPUT", "TAG", "SAVE_FREQ", "SAVE_STEPS", "SAVE_KEEP",
-    "PRINT_FREQ", "TIMEOUT", "EVAL_MODE", "THROUGHPUT_MODE",
+    "MODEL.RESUME", "TRAIN.AUTO_RESUME", "TRAIN.MAX_BAD_STEPS", "OUTPUT", "TAG", "VAL_FREQ", "SAVE_FREQ", "SAVE_STEPS",
+    "SAVE_KEEP", "PRINT_FREQ", "TIMEOUT", "EVAL_MODE", "THROUGHPUT_MODE",
 }  # fmt: skip
 
 # Values of other keys that compute the same bits, so that a run may change from one to another.
@@ -181,7 +185,8 @@ def validate_combinations(config: CfgNode, describe: Callable[[str], str]) -> It
     """
     if config.MODEL.TYPE in SECTIONS:
         yield from _validate_architecture(config, SECTIONS[config.MODEL.TYPE], describe)
-    yield from _validate_schedule(config.TRAIN, describe)
+    if not (config.EVAL_MODE or config.THROUGHPUT_MODE):  # these use no learning rate
+        yield from _validate_schedule(config.TRAIN, describe)
     yield from _validate_step(config, describe)
     yield from _validate_augmentation(config, describe)
     yield from _validate_dataset(config.DATA, describe)
@@ -231,6 +236,11 @@ def _validate_schedule(train: CfgNode, describe: Callable[[str], str]) -> Iterat
             f"{describe('TRAIN.WARMUP_EPOCHS')} must be less than {describe('TRAIN.EPOCHS')}. "
             "For a short run give both, such as --opts TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 0."
         )
+    # Above BASE_LR, either would turn its part of the schedule upside down: the cosine would rise, the warm-up fall.
+    bounded = {"TRAIN.MIN_LR": train.LR_SCHEDULER.NAME == "cosine", "TRAIN.WARMUP_LR": train.WARMUP_EPOCHS > 0}
+    for key, is_used in bounded.items():
+        if is_used and train[key.partition(".")[2]] > train.BASE_LR:
+            yield f"{describe(key)} must not be above {describe('TRAIN.BASE_LR')}. Give both, or lower {key}."
     if train.LR_SCHEDULER.NAME == "multistep":
         steps = train.LR_SCHEDULER.MULTISTEPS
         if not steps or steps != sorted(set(steps)) or steps[0] < train.WARMUP_EPOCHS:

@@ -28,16 +28,15 @@ class MetricWriter:
     """The records of one run, written by rank 0.
 
     Every record has `kind` (`train` or `epoch`), `step` and `images_seen`; the rest are metrics. TensorBoard shows each
-    metric as `kind/name` over the step.
+    metric as `kind/name` over the images seen: steps count anew when a run is resumed with another global batch size.
     """
 
-    def __init__(self, folder: Path, tensorboard: Path, step: int, images_seen: int, eval_pending: bool = False):
-        """Opens the records of the run in `folder` and removes those after `step`.
+    def __init__(self, folder: Path, tensorboard: Path, images_seen: int, eval_pending: bool = False):
+        """Opens the records of the run in `folder` and removes those after `images_seen`, where the run continues.
 
         Args:
             tensorboard: the folder of TensorBoard's files.
-            step, images_seen: where the run continues.
-            eval_pending: an epoch ends at `step` but is not evaluated yet: its record is removed too.
+            eval_pending: an epoch ends there but is not evaluated yet: its record is removed too.
         """
         self._jsonl = folder / "metrics.jsonl"
         self._csv = folder / "summary.csv"
@@ -53,14 +52,14 @@ class MetricWriter:
         self._try("metrics.jsonl", lambda: write_text(self._jsonl, lines))
         self.epochs = [record for record in kept if record["kind"] == "epoch"]
         self._write_summary()
-        # TensorBoard hides the points that the interrupted run wrote from `purge_step` on.
+        # TensorBoard hides the points that the interrupted run wrote from `purge_from` on.
         self._events: TensorBoardFile | None = None
-        purge_step = step + (not eval_pending) if step else None
-        self._open_events = lambda: TensorBoardFile(tensorboard, purge_step)
+        purge_from = images_seen + (not eval_pending)
+        self._open_events = lambda: TensorBoardFile(tensorboard, purge_from)
         for record in kept:
-            if eval_pending and record["step"] == step:  # hidden together with the epoch's: written again
+            if record["images_seen"] >= purge_from:  # hidden together with the epoch's: written again
                 metrics = {name: value for name, value in record.items() if name not in _HEAD and value is not None}
-                self._add_event(_scalars("train", metrics), step)
+                self._add_event(_scalars("train", metrics), images_seen)
 
     def add(self, kind: str, step: int, images_seen: int, metrics: dict[str, float]) -> None:
         """Appends a record. A metric that is not finite is written as null, because JSON has no NaN or infinity."""
@@ -68,7 +67,7 @@ class MetricWriter:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = json.dumps(record | finite) + "\n"
         self._try("metrics.jsonl", lambda: append(self._jsonl, line.encode()))
-        self._add_event(_scalars(kind, metrics), step)
+        self._add_event(_scalars(kind, metrics), images_seen)
         if kind == "epoch":
             self.epochs.append(record)
             self._write_summary()
@@ -81,11 +80,11 @@ class MetricWriter:
         """Shows `image`, (3, height, width) in uint8, in TensorBoard."""
         self._add_event(summary.image(tag, image, dataformats="CHW"), 0)
 
-    def _add_event(self, event: Summary, step: int) -> None:
+    def _add_event(self, event: Summary, images_seen: int) -> None:
         def write() -> None:
             if self._events is None:
                 self._events = self._open_events()
-            self._events.add(event, step)
+            self._events.add(event, images_seen)
 
         self._try("TensorBoard", write)
 

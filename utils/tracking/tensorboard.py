@@ -22,11 +22,11 @@ _PREFIX = "events.out.tfevents."
 class TensorBoardFile:
     """A new event file in `folder`."""
 
-    def __init__(self, folder: Path, purge_step: int | None = None):
+    def __init__(self, folder: Path, purge_from: int | None = None):
         """Creates the file.
 
         Args:
-            purge_step: TensorBoard hides the points of earlier files from this step on.
+            purge_from: TensorBoard hides the points of earlier files from this one on.
 
         Raises:
             OSError: the file cannot be written.
@@ -37,13 +37,13 @@ class TensorBoardFile:
         stamp = max(int(time.time()), *(each + 1 for each in stamps), 0)
         self._path = folder / f"{_PREFIX}{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
         self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if purge_step is not None:
+        if purge_from is not None:
             start = SessionLog(status=SessionLog.START)
-            self._append(Event(wall_time=time.time(), step=purge_step, session_log=start))
+            self._append(Event(wall_time=time.time(), step=purge_from, session_log=start))
 
-    def add(self, summary: Summary, step: int) -> None:
-        """Appends `summary`. Raises OSError; the file is then unchanged."""
-        self._append(Event(wall_time=time.time(), step=step, summary=summary))
+    def add(self, summary: Summary, images_seen: int) -> None:
+        """Appends `summary`, with `images_seen` as its step. Raises OSError; the file is then unchanged."""
+        self._append(Event(wall_time=time.time(), step=images_seen, summary=summary))
 
     def _append(self, event: Event) -> None:
         record = io.BytesIO()

@@ -119,6 +119,15 @@ def test_warning_when_no_folder_takes_the_cache(root, monkeypatch, caplog):
     assert "XDG_CACHE_HOME" in caplog.text and not list(root.glob("*.tmp"))
 
 
+def test_user_without_a_home_caches_with_the_data_or_not_at_all(homeless, root, caplog):
+    assert len(open_folder(root, "train")) == 11 and (root / ".swin_index_train.npz").exists()
+    (root / ".swin_index_train.npz").unlink()
+    root.chmod(0o555)
+    assert len(open_folder(root, "train")) == 11
+    root.chmod(0o755)
+    assert "could not be cached" in caplog.text and not (root / ".swin_index_train.npz").exists()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "text", "pickle", "other format", "short labels"])
 def test_damaged_cache_is_rebuilt(root, damage, caplog):
     first = listing(open_folder(root, "train"))

@@ -228,3 +228,16 @@ def test_a_file_precedes_a_name_and_a_similar_name_is_suggested(monkeypatch, tmp
         resolve_weights("swin_base_patch4_windw7_224")
     with pytest.raises(UserError, match="a name that `python -m tools.models` lists"):
         resolve_weights("weights.pth")
+
+
+def test_a_user_without_a_home_is_told_to_set_torch_home(homeless, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no home folder. Set TORCH_HOME"):
+        resolve_weights(RELEASES[0].name)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_path_begins_at_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "w.pth").write_bytes(b"")
+    assert resolve_weights("~/w.pth") == tmp_path / "w.pth"

@@ -22,7 +22,7 @@ from utils.tracking.tensorboard import TensorBoardFile
 
 
 def open_writer(folder: Path, step: int = 0) -> MetricWriter:
-    return MetricWriter(folder, folder / "tensorboard", step, images_seen=step * 10)
+    return MetricWriter(folder, folder / "tensorboard", images_seen=step * 10)
 
 
 def test_a_resumed_run_leaves_no_duplicate_points(tmp_path: Path):
@@ -45,8 +45,39 @@ def test_a_resumed_run_leaves_no_duplicate_points(tmp_path: Path):
     rows = list(csv.DictReader(open(tmp_path / "summary.csv")))
     assert [(row["epoch"], row["acc1"]) for row in rows] == [("1", "4.0"), ("2", "88.0")]
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in shown.Scalars("train/loss")] == [(u, u if u < 6 else -u) for u in range(1, 9)]
-    assert [(e.step, e.value) for e in shown.Scalars("epoch/acc1")] == [(4, 4.0), (8, 88.0)]
+    assert [(e.step, e.value) for e in shown.Scalars("train/loss")] == [
+        (10 * step, step if step < 6 else -step) for step in range(1, 9)
+    ]
+    assert [(e.step, e.value) for e in shown.Scalars("epoch/acc1")] == [(40, 4.0), (80, 88.0)]
+
+
+def test_tensorboard_counts_images_so_a_larger_global_batch_hides_no_epoch(tmp_path: Path):
+    first = MetricWriter(tmp_path, tmp_path / "tensorboard", images_seen=0)
+    for epoch in (1, 2, 3):  # of 32 images, 4 in a step
+        first.add("epoch", 8 * epoch, 32 * epoch, {"acc1": float(epoch)})
+    second = MetricWriter(tmp_path, tmp_path / "tensorboard", images_seen=96)
+    second.add("epoch", 16, 128, {"acc1": 4.0})  # 8 in a step
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in shown.Scalars("epoch/acc1")] == [(32, 1.0), (64, 2.0), (96, 3.0), (128, 4.0)]
+
+
+def test_a_run_that_begins_anew_hides_the_points_of_the_first_attempt(tmp_path: Path):
+    """Killed before its first checkpoint."""
+    for value in (1.0, 2.0):
+        MetricWriter(tmp_path, tmp_path / "tensorboard", images_seen=0).add("train", 1, 8, {"loss": value})
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in shown.Scalars("train/loss")] == [(8, 2.0)]
+
+
+def test_a_pending_epoch_is_written_again_and_its_last_steps_stay(tmp_path: Path):
+    first = open_writer(tmp_path)
+    first.add("train", 4, 40, {"loss": 4.0})
+    first.add("epoch", 4, 40, {"epoch": 1, "acc1": 1.0})
+    second = MetricWriter(tmp_path, tmp_path / "tensorboard", images_seen=40, eval_pending=True)
+    second.add("epoch", 4, 40, {"epoch": 1, "acc1": 2.0})
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in shown.Scalars("train/loss")] == [(40, 4.0)]
+    assert [(e.step, e.value) for e in shown.Scalars("epoch/acc1")] == [(40, 2.0)]
 
 
 def test_metrics_that_are_not_finite_are_null_in_json(tmp_path: Path):
@@ -75,7 +106,7 @@ def test_a_full_disk_is_reported_once_and_when_it_is_over(tmp_path: Path, monkey
     assert steps == [1, 4, 4]
     assert [row["acc1"] for row in csv.DictReader(open(tmp_path / "summary.csv"))] == ["5.0", "6.0"]
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [e.step for e in shown.Scalars("train/loss")] == [1, 4]
+    assert [e.step for e in shown.Scalars("train/loss")] == [10, 40]
 
 
 def no_room(*args):
