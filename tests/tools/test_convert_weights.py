@@ -100,6 +100,29 @@ def test_omitted_entries_are_reported(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "layers.0.blocks.1.attn_mask" in torch.load(tmp_path / "kept.pth", weights_only=True)
 
 
+def test_averaged_weights_are_named_and_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture):
+    raw, average = (spread(small()).state_dict() for _ in range(2))
+    average["norm.bias"] = raw["norm.bias"] + 1
+    file, out = tmp_path / "best.pth", tmp_path / "out.pth"
+
+    def converted(contents: dict, *flags: str) -> str:
+        torch.save(contents, file)
+        convert(file, out, "--to", "timm", *flags)
+        bias = torch.load(out, weights_only=True)["norm.bias"]
+        return "raw" if torch.equal(bias, raw["norm.bias"]) else "average"
+
+    both = {"model": raw, "ema": average, "optimizer": {}}
+    assert converted(both | {"state": {"better_weights": "ema"}}) == "average"
+    output = capsys.readouterr().out
+    assert "best.pth holds weights as trained under 'model', averaged weights (EMA) under 'ema': takes the av" in output
+    assert "left out, not weights: optimizer, state" in output
+    assert converted(both) == "raw" and "--ema takes the averaged ones" in capsys.readouterr().out
+    assert converted(both, "--ema") == "average"
+    assert converted({"state_dict_ema": average}) == "average"
+    torch.save({"model": raw}, file)
+    assert "holds no averaged weights (EMA)" in refused(capsys, file, out, "--to", "timm", "--ema")
+
+
 def test_errors_are_reported_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture):
     file = tmp_path / "v2.pth"
     torch.save(dict(SMALL[1].theirs().state_dict()), file)

@@ -79,24 +79,6 @@ def _require_dense(path: Path, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def extract_state_dict(contents: dict, source: str) -> dict[str, torch.Tensor]:
-    """Returns the state dict of a checkpoint: its entry `model` or `state_dict`, or the whole file.
-
-    Raises:
-        UserError: there is none, or it contains values that are not finite.
-    """
-    weights = contents.get("model", contents.get("state_dict", contents))
-    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
-        entries = ", ".join(str(key)[:80] for key in list(contents)[:8])
-        raise UserError(f"{source}: no weights found; its entries are {entries}. Give a file that holds some")
-    weights = {str(name): value for name, value in weights.items() if isinstance(value, torch.Tensor)}
-    broken = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        more = f" and {len(broken) - 1} more" if broken[1:] else ""
-        raise UserError(f"{source}: {broken[0]}{more}: not all values are finite. Use another copy, or an earlier one")
-    return weights
-
-
 def write_weights(path: Path, weights: dict[str, torch.Tensor], key: str = "") -> None:
     """Writes a state dict, as safetensors if the path ends in .safetensors, else with torch.save.
 
