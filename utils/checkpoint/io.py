@@ -5,6 +5,7 @@ are read too: they contain a pickled yacs config, which becomes a plain dict.
 """
 
 import functools
+import json
 import logging
 import pickletools
 import re
@@ -24,6 +25,7 @@ from utils.files import TEMPORARY, link_atomically, write_atomically
 log = logging.getLogger(__name__)
 
 SAFETENSORS = ".safetensors"
+INDEX_SUFFIX = ".index.json"
 MAX_EXCESS_BYTES = 1 << 30  # bytes that a tensor may claim beyond those of its storage (a view may repeat them)
 
 # Names that the unpickler itself knows, besides those of `STAND_INS`.
@@ -36,13 +38,16 @@ _HARMLESS_GLOBAL = re.compile(
 def read_checkpoint(path: Path | str) -> dict:
     """Reads a checkpoint or a safetensors file into a dict of CPU tensors and plain values.
 
+    Args:
+        path: the file, or the index of weights that `save_pretrained` spread over several files.
+
     Raises:
         UserError: missing, damaged, not a checkpoint, a wrong digest, or a pickle that refers to code.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file. Check the path")
-    contents = _load(path)
+    contents = _load_shards(path) if path.name.endswith(INDEX_SUFFIX) else _load(path)
     try:
         to_plain(contents, functools.partial(_require_dense, path))
     except ValueError as error:
@@ -65,6 +70,27 @@ def _load(path: Path) -> dict:
     if not isinstance(contents, dict):
         found = type(contents).__name__
         raise UserError(f"{path}: not a checkpoint: it holds a {found}, not a dict of weights. Give one")
+    return contents
+
+
+def _load_shards(index: Path) -> dict:
+    """Reads the files next to `index` that hold parts of one state dict; `weight_map` names the file of each tensor."""
+    try:
+        files = json.loads(index.read_bytes())["weight_map"]
+        names = sorted(set(files.values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: not a readable index of weights ({error}). Use another copy") from error
+    contents: dict = {}
+    for name in names:
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise UserError(f"{index}: names {name!r}, which is no file next to it. Use another copy")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index}: {name} is missing, which holds a part of the weights. Get it too")
+        contents |= _load(index.parent / name)
+    missing = sorted(files.keys() - contents.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(f"{index}: {missing[0]}{more}: in none of the files {', '.join(names)}. Use another copy")
     return contents
 
 
