@@ -3,18 +3,20 @@
     python -m tools.convert_weights swin_tiny_patch4_window7_224.pth swin_t.safetensors --to torchvision
     python -m tools.convert_weights model.safetensors swin_tiny.pth --to original
 
-IN is a path, a name listed by `python -m tools.models`, or a URL. Its format (of the original code, timm, torchvision
-or Hugging Face transformers), its file type, and a prefix of its names are detected. OUT is a safetensors file if it
-ends so, else a PyTorch file (for `original` with the weights under the key "model", as that code expects).
+IN is a path, a name listed by `python -m tools.models`, or a URL. Its format (of the original code, timm, torchvision,
+Hugging Face transformers or OpenMMLab's mmpretrain), its file type, and a prefix of its names are detected. OUT is a
+safetensors file if it ends so, else a PyTorch file (for `original` with the weights under the key "model", as that code
+expects).
 
-Converting back gives the same tensors, bit for bit: conversion only renames, joins and splits them. Buffers that a
-library computes itself (indices, masks, tables of offsets) are written if its current files contain them: never for
-timm and hf; always for torchvision; for `original` if IN has them. Older files of timm and transformers contain some
-too: --keep-buffers keeps them. `hf` has the names of transformers' files, which every release reads with
-from_pretrained(); `hf5` has the names that release 5 has in memory for Swin V1, for load_state_dict().
+Converting back gives the same tensors, bit for bit: conversion only renames, joins, splits and reorders them. Buffers
+that a library computes itself (indices, masks, tables of offsets) are written if its current files contain them: never
+for timm and hf; always for torchvision; for mmpretrain always with V1, and with V2 if IN has them; for `original` if IN
+has them. Older files of timm and transformers contain some too: --keep-buffers keeps them. `hf` has the names of
+transformers' files, which every release reads with from_pretrained(); `hf5` has the names that release 5 has in memory
+for Swin V1, for load_state_dict().
 
 Of a file that also holds averaged weights (EMA), such as best.pth of a run, those are converted that the file says are
-better, else the weights as trained; --ema takes the averaged ones. The output says what lies in the file.
+better, else the weights as trained; --ema takes the averaged ones, --no-ema those as trained. The output says what lies in the file.
 
 Evaluation and fine-tuning with main.py need no conversion: --pretrained accepts all formats.
 """
@@ -62,17 +64,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep-buffers", action="store_true", help="also write buffers of IN that current files of this format lack"
     )
-    parser.add_argument("--ema", action="store_true", help="convert the averaged weights of a file that holds both")
+    parser.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="convert the averaged weights of a file that holds both"
+    )
     return parser
 
 
 def convert(
-    source: str, target: Path, to: str, window: int | None = None, keep_buffers: bool = False, ema: bool = False
+    source: str, target: Path, to: str, window: int | None = None, keep_buffers: bool = False, ema: bool | None = None
 ) -> list[str]:
     """Converts `source` to the file `target`. Returns lines of text: what was detected, and what was left out.
 
     Args:
-        ema: convert the averaged weights; otherwise those that the file says are better.
+        ema: convert the averaged weights, or those as trained; if None, those that the file says are better.
 
     Raises:
         UserError: files that cannot be read or written, weights of an unknown format, or a model that the format `to`
@@ -86,7 +90,7 @@ def convert(
         raise UserError(f"{target}: IN and OUT are the same file. Give OUT another name")
 
     contents = read_checkpoint(resolve_weights(source, progress=sys.stderr.isatty()))
-    chosen = extract_weights(contents, source, "ema" if ema else "auto")
+    chosen = extract_weights(contents, source, {None: "auto", True: "ema", False: "model"}[ema])
     try:
         converted, messages = convert_state_dict(chosen.state_dict, to, window, keep_buffers)
     except UserError as error:

@@ -25,6 +25,7 @@ from utils.errors import UserError
 
 BIAS_TABLE = "relative_position_bias_table"
 POSITIONS = "absolute_pos_embed"
+_WRAPPERS = ("module.", "_orig_mod.", "model.")  # by DDP, torch.compile and training programs, before every name
 _FLOAT = torch.empty(0)  # compared with the classifier's dtype if the model has no classifier
 
 
@@ -121,7 +122,9 @@ def _convert_to_format_of(
         detected = detect_format(state_dict)
         target, _ = format_and_prefix(own)
         weights = detected.weights
-        if detected.format is not None:
+        if detected.format is None:
+            weights = _without_wrappers(weights, own)
+        else:
             report.format = detected.format.origin
             if target is not None and target is not detected.format:
                 weights = to_original(detected)
@@ -129,6 +132,16 @@ def _convert_to_format_of(
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     return weights, detected.outside
+
+
+def _without_wrappers(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Removes what wrappers put before every name, from weights of a model that is no Swin."""
+    while weights and not weights.keys() & own.keys():
+        wrapper = next((each for each in _WRAPPERS if all(name.startswith(each) for name in weights)), None)
+        if wrapper is None:
+            break
+        weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
+    return weights
 
 
 @dataclass

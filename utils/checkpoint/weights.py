@@ -22,7 +22,7 @@ _ENTRIES = {
 WEIGHT_ENTRIES = tuple(name for names in _ENTRIES.values() for name in names)
 _WAY_OUT = {
     "ema": "Leave out --ema (MODEL.PRETRAINED_EMA)",
-    "model": "Set MODEL.PRETRAINED_EMA to ema or auto",
+    "model": "Set MODEL.PRETRAINED_EMA to ema or auto, or leave out --no-ema",
 }
 _COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, beside the averaged weights
 

@@ -252,3 +252,14 @@ def test_a_classifier_without_bias():
     assert load_weights(model, given).loaded == ["head.weight"]
     with pytest.raises(UserError, match="head.bias is not in the model"):
         load_weights(model, given | {"head.bias": torch.ones(2)})
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_wrappers_around_any_model_are_removed(prefix: str):
+    given = spread(timm.create_model("resnet10t", num_classes=3)).state_dict()
+    model = build_timm_model("resnet10t", 3, 64)
+    report = load_weights(model, {prefix + name: value for name, value in given.items()})
+    assert len(report.loaded) == len(given)
+    assert all(torch.equal(value, given[name]) for name, value in model.state_dict().items())
+    with pytest.raises(UserError, match="other.conv1.0.weight is not in the model"):
+        load_weights(model, {"other." + name: value for name, value in given.items()})
