@@ -16,7 +16,8 @@ transformers' files, which every release reads with from_pretrained(); `hf5` has
 for Swin V1, for load_state_dict().
 
 Of a file that also holds averaged weights (EMA), such as best.pth of a run, those are converted that the file says are
-better, else the weights as trained; --ema takes the averaged ones, --no-ema those as trained. The output says what lies in the file.
+better, else the weights as trained; --ema takes the averaged ones, --no-ema those as trained. The output says what lies
+in the file.
 
 Evaluation and fine-tuning with main.py need no conversion: --pretrained accepts all formats.
 """
