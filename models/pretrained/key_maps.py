@@ -257,22 +257,18 @@ HF5 = replace(
 _ROW_MAJOR = [0, 2, 1, 3]  # the same list reorders there and back
 
 
-def _single(parts: Tensors) -> Tensor:
-    return next(part for part in parts if part is not None)
-
-
-def _channels_first(merged: Tensors) -> Tensors:
+def _channels_first(merged: list[Tensor]) -> list[Tensor]:
     """Reorders the last dimension of 4 · C: from the original's patches of C channels to C channels of 4 patches.
 
     mmpretrain unfolds the map, which yields the patches row by row within each channel.
     """
-    values = _single(merged).unflatten(-1, (4, -1))
+    values = merged[0].unflatten(-1, (4, -1))
     return [values[..., _ROW_MAJOR, :].transpose(-1, -2).flatten(-2)]
 
 
-def _patches_first(merged: Tensors) -> Tensors:
+def _patches_first(merged: list[Tensor]) -> list[Tensor]:
     """The inverse of `_channels_first`."""
-    values = _single(merged).unflatten(-1, (-1, 4)).transpose(-1, -2)
+    values = merged[0].unflatten(-1, (-1, 4)).transpose(-1, -2)
     return [values[..., _ROW_MAJOR, :].flatten(-2)]
 
 

@@ -17,7 +17,7 @@ def args(tmp_path_factory: pytest.TempPathFactory) -> list:
     root = tmp_path_factory.mktemp("run")
     images = write_images(root / "images", 8, 4)
     (images / "val" / "green" / "0.jpg").unlink()  # so that two images of three are blue
-    return ["--cfg", write_recipe(root), "--data-path", images, "--output", root / "logs"]
+    return ["--cfg", str(write_recipe(root)), "--data-path", str(images), "--output", str(root / "logs")]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def kinds(args: list) -> dict[str, dict]:
 def evaluated(args: list, contents: dict, *flags: str) -> dict:
     file = Path(args[5]).parent / "weights.pth"
     torch.save(contents, file)
-    assert run_main([*args, "--eval", "--pretrained", file, *flags]) == 0
+    assert run_main([*args, "--eval", "--pretrained", str(file), *flags]) == 0
     return json.loads((Path(args[5]) / "tiny" / "default" / "results.json").read_text())
 
 
@@ -60,7 +60,7 @@ def test_fine_tuning_starts_from_the_better_weights(
     torch.save({**kinds, "state": {"better_weights": better}}, file)
     tag = f"{better}{len(flags)}"
     short = ["--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "TRAIN.BASE_LR", "0.0", "TRAIN.MIN_LR", "0.0"]
-    assert run_main([*args, "--tag", tag, "--pretrained", file, *flags, *short]) == 0
+    assert run_main([*args, "--tag", tag, "--pretrained", str(file), *flags, *short]) == 0
     output = capsys.readouterr()
     assert "holds weights as trained under 'model', averaged weights (EMA) under 'ema'" in output.out + output.err
     last = torch.load(Path(args[5]) / "tiny" / tag / "checkpoints" / "last.pth", weights_only=True)

@@ -169,7 +169,9 @@ def test_key_bias_of_torchvision_has_no_effect_and_is_kept():
 
 # mmpretrain and mmdetection ------------------------------------------------------------------------------------------
 
-FOUR_STAGES = {"depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "embed_dim": 8, "img_size": 128}
+
+def four_stages(version: int, num_classes: int = 7) -> Case:
+    return Case("timm", version, 8, (1, 1, 2, 1), (1, 2, 4, 8), img_size=128, num_classes=num_classes)
 
 
 def unfolded(x: Tensor) -> Tensor:
@@ -181,24 +183,24 @@ def unfolded(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_patches_merged_by_unfolding_give_the_same(version: int):
-    ours = spread(Case("timm", version, **FOUR_STAGES).ours())
+    ours = spread(four_stages(version).ours())
     theirs = from_original(ours.state_dict(), FORMATS["mmpretrain"])
     x = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
-    merging = ours.layers[0].downsample
+    merging = ours.get_submodule("layers.0.downsample")
     prefix = f"backbone.stages.{version - 1}.downsample."  # V2 merges at the start of the next stage
-    reduction, *norm = (theirs[prefix + name] for name in ("reduction.weight", "norm.weight", "norm.bias"))
+    reduction, weight, bias = (theirs[prefix + name] for name in ("reduction.weight", "norm.weight", "norm.bias"))
     with torch.no_grad():
         if version == 1:
-            merged = F.linear(F.layer_norm(unfolded(x), (32,), *norm), reduction)
+            merged = F.linear(F.layer_norm(unfolded(x), (32,), weight, bias), reduction)
         else:
-            merged = F.layer_norm(F.linear(unfolded(x), reduction), (16,), *norm)
+            merged = F.layer_norm(F.linear(unfolded(x), reduction), (16,), weight, bias)
         torch.testing.assert_close(merging(x), merged, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_names_of_mmpretrain(version: int):
     """The names in the files that OpenMMLab publishes, with their prefix and classifier."""
-    theirs = from_original(Case("timm", version, **FOUR_STAGES).ours().state_dict(), FORMATS["mmpretrain"])
+    theirs = from_original(four_stages(version).ours().state_dict(), FORMATS["mmpretrain"])
     attention = ["qkv.weight", "proj.weight", "proj.bias"] + (
         ["qkv.bias", "relative_position_bias_table", "relative_position_index"]
         if version == 1
@@ -220,7 +222,7 @@ def test_names_of_mmpretrain(version: int):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_weights_of_mmpretrain_are_loaded_and_come_back(version: int):
-    case = Case("timm", version, **FOUR_STAGES)
+    case = four_stages(version)
     ours = spread(case.ours())
     theirs = from_original(ours.state_dict(), FORMATS["mmpretrain"])
     model = case.ours()
@@ -235,7 +237,7 @@ def test_weights_of_mmpretrain_are_loaded_and_come_back(version: int):
 
 
 def test_merged_patches_of_another_shape_are_refused_by_name():
-    case = Case("timm", 1, **FOUR_STAGES)
+    case = four_stages(1)
     theirs = from_original(case.ours().state_dict(), FORMATS["mmpretrain"])
     name = "backbone.stages.0.downsample.reduction.weight"
     for other in (torch.tensor(1.0), torch.zeros(16, 30), torch.zeros(0)):
@@ -244,14 +246,14 @@ def test_merged_patches_of_another_shape_are_refused_by_name():
 
 
 def test_relative_index_of_mmpretrain():
-    theirs = from_original(Case("timm", 1, **FOUR_STAGES).ours().state_dict(), FORMATS["mmpretrain"])
+    theirs = from_original(four_stages(1).ours().state_dict(), FORMATS["mmpretrain"])
     offsets = (7 * torch.arange(4)[:, None] + torch.arange(4)).flatten()  # of a window of 4, whose table has rows of 7
     expected = (offsets[:, None] + offsets).flip(1)
     assert torch.equal(theirs["backbone.stages.0.blocks.0.attn.w_msa.relative_position_index"], expected)
 
 
 def test_a_backbone_of_mmdetection_and_one_without_prefix():
-    case = Case("timm", 1, **FOUR_STAGES, num_classes=0)
+    case = four_stages(1, num_classes=0)
     ours = spread(case.ours())
     theirs = from_original(ours.state_dict(), FORMATS["mmpretrain"])
     assert "norm3.weight" in theirs

@@ -7,6 +7,7 @@ import http.server
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -250,7 +251,7 @@ def test_a_folder_stands_for_the_weights_in_it(tmp_path: Path, name: str):
 def test_transformers_and_its_shards(tmp_path: Path):
     """save_pretrained with a limit on the size of a file writes an index and several files."""
     case = next(case for case in SMALL if (case.origin, case.version) == ("hf", 1))
-    theirs = case.theirs()
+    theirs: Any = case.theirs()
     theirs.save_pretrained(tmp_path / "whole")
     theirs.save_pretrained(tmp_path / "parts", max_shard_size="100KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1

@@ -47,9 +47,9 @@ def test_the_better_weights_of_a_run_are_taken_by_default():
         assert value(weights) == expected and weights.kind == better
         assert "weights as trained under 'model', averaged weights (EMA) under 'ema'" in weights.note
         assert "the better ones at the last evaluation" in weights.note
-    for better in (None, 3, "x", [1], torch.ones(2)):
-        assert "does not say which are better; --ema" in extract_weights(run(better), "best.pth").note
-        assert value(extract_weights(run(better), "best.pth")) == 0
+    for unknown in (None, 3, "x", [1], torch.ones(2)):
+        weights = extract_weights(run(unknown), "best.pth")
+        assert value(weights) == 0 and "does not say which are better; --ema" in weights.note
     assert value(extract_weights(run("model"), "best.pth", "ema")) == 1
     assert value(extract_weights(run("ema"), "best.pth", "model")) == 0
     assert kinds_in(run("ema")) == ["model", "ema"]
