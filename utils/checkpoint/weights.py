@@ -8,7 +8,6 @@ import torch
 from utils.errors import UserError
 
 KINDS = ("model", "ema")  # the weights as trained, and their average
-CHOICES = ("auto", *KINDS)
 
 # Names of the entries that hold a state dict, the first found counts: of this project and the original code, then of
 # other training programs.
