@@ -54,6 +54,7 @@ _C.MODEL = CfgNode()
 _C.MODEL.TYPE = "swin"  # model family: swin (V1) | swinv2 | swin_mlp | timm (the timm model called NAME)
 _C.MODEL.NAME = "swin_tiny_patch4_window7_224"  # name of the model; part of the run's folder OUTPUT/NAME/TAG
 _C.MODEL.PRETRAINED = ""  # weights to start a new run from, or to evaluate; '' = random initialization
+_C.MODEL.PRETRAINED_EMA = "auto"  # of a file that holds an average too: auto (what it says is better) | model | ema
 _C.MODEL.RESUME = ""  # checkpoint to continue from; takes precedence over PRETRAINED and the run's folder
 _C.MODEL.NUM_CLASSES = 1000  # outputs of the head; 0 = number of classes in the data; unset with imagenet22K: 21841
 _C.MODEL.DROP_RATE = 0.0  # dropout probability after the embedding and in projections and MLPs

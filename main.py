@@ -101,6 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("weights")
     flag("--pretrained", metavar="FILE", key="MODEL.PRETRAINED", help="start from this file, URL or released name")
+    flag(
+        "--ema", key="MODEL.PRETRAINED_EMA", const="ema", help="take the averaged weights of a file with both: sets ema"
+    )
     flag("--resume", metavar="FILE", key="MODEL.RESUME", help="resume the run that saved this checkpoint")
 
     group = parser.add_argument_group("training")

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
-from engine.setup import build_components, compile_in_place, load_pretrained, should_compile
+from data.build import ValBatches
+from engine.setup import build_components, compile_in_place, load_pretrained, read_pretrained, should_compile
 from engine.train_step import TrainComponents
-from models.pretrained.load import load_weights
 from tasks.build import open_data, val_batches
 from tasks.task import Batch, Task
-from utils.checkpoint.io import extract_state_dict
+from utils.checkpoint.weights import kinds_in
 from utils.distributed.fsdp import summon_full_params
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
@@ -71,20 +71,25 @@ def evaluate_weights(config: CfgNode, dist_info: DistInfo) -> None:
     components = build_components(config, dist_info, data)
     task = components.module_without_ddp
     source = config.MODEL.RESUME or config.MODEL.PRETRAINED
-    contents, weight_format = load_pretrained(source, dist_info, task, data.class_names, evaluating=True)
-    val = val_batches(config, data, dist_info, weight_format)
-    results: dict[str, object] = {"weights": source, "format": weight_format, "preset": config.TEST.PRESET}
-    for name in ("model", "ema") if contents.get("ema") else ("model",):
-        if name == "ema":
-            load_weights(task.model, extract_state_dict({"model": contents["ema"]}, source), source=source)
+    contents = read_pretrained(source, dist_info)
+    choice = config.MODEL.PRETRAINED_EMA
+    # Of a file with an average, auto evaluates both.
+    kinds = kinds_in(contents) if choice == "auto" else [choice]
+    results: dict[str, object] = {"weights": source, "preset": config.TEST.PRESET}
+    val: ValBatches | None = None
+    for kind in kinds or ["auto"]:
+        weight_format = load_pretrained(contents, source, task, data.class_names, kind, evaluating=True)
+        if val is None:
+            val = val_batches(config, data, dist_info, weight_format)
         if should_compile(config, dist_info):
             compile_in_place(task.model, dist_info.device, config.TRAIN.CUDA_GRAPHS, fixed_weights=True)
         metrics = evaluate(components, task, val)
         images = metrics.pop("images")
         if images == 0:
             raise UserError(f"DATA.DATA_PATH {config.DATA.DATA_PATH}: no validation image could be read")
-        log.info("%s%d images: %s", "average of the weights: " if name == "ema" else "", images, task.describe(metrics))
-        results |= {"images": images} | {"metrics" if name == "model" else "ema_metrics": metrics}
+        log.info("%s%d images: %s", "average of the weights: " if kind == "ema" else "", images, task.describe(metrics))
+        results |= {"format": weight_format, "images": images}
+        results["ema_metrics" if kind == "ema" else "metrics"] = metrics
     if dist_info.is_main:
         _write_results(Path(config.OUTPUT, config.MODEL.NAME, config.TAG), results)
 

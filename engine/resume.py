@@ -9,7 +9,7 @@ from yacs.config import CfgNode
 from config import differences, parse
 from data.build import Data
 from data.datasets.base import dataset_digest
-from engine.setup import check_same_class_names, load_pretrained
+from engine.setup import check_same_class_names, load_pretrained, read_pretrained
 from engine.train_step import TrainComponents, TrainState
 from lr_scheduler import build_schedule
 from models.pretrained.download import resolve_weights
@@ -179,7 +179,10 @@ def resume_or_init(
         state.load_state_dict(point.contents["state"])
         log.info("resumed from %s, after %s images", point.path, f"{state.images_seen:,}")
     elif config.MODEL.PRETRAINED:
-        load_pretrained(config.MODEL.PRETRAINED, dist_info, components.module_without_ddp, class_names)
+        source = config.MODEL.PRETRAINED
+        contents = read_pretrained(source, dist_info)
+        task = components.module_without_ddp
+        load_pretrained(contents, source, task, class_names, config.MODEL.PRETRAINED_EMA)
         if components.ema is not None:
             components.ema.set(components.module_without_ddp)
     return state

@@ -19,8 +19,9 @@ from models.pretrained.load import load_weights
 from optimizer import Bf16Params, build_optimizer
 from tasks.build import build_task
 from tasks.task import Task
-from utils.checkpoint.io import extract_state_dict, read_checkpoint
+from utils.checkpoint.io import read_checkpoint
 from utils.checkpoint.schema import class_names_in
+from utils.checkpoint.weights import extract_weights
 from utils.compat import ddp_without_buffer_sync, set_inductor_freezing
 from utils.distributed.fsdp import mesh_of, shard, shard_optimizer_state
 from utils.distributed.process_group import DistInfo, local_rank_zero_first
@@ -203,30 +204,49 @@ def compile_in_place(
     return True
 
 
+def read_pretrained(source: str, dist_info: DistInfo) -> dict:
+    """Returns the contents of the weight file `source`, which is downloaded once per host if necessary.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    with local_rank_zero_first(dist_info):
+        return read_checkpoint(resolve_weights(source, progress=dist_info.is_main))
+
+
 def load_pretrained(
-    source: str, dist_info: DistInfo, task: Task, class_names: list[str] | None, evaluating: bool = False
-) -> tuple[dict, str]:
+    contents: dict,
+    source: str,
+    task: Task,
+    class_names: list[str] | None,
+    choice: str = "auto",
+    evaluating: bool = False,
+) -> str:
     """Loads weights into the model of `task` and logs what became of each.
 
+    Args:
+        contents: of the file `source`.
+        choice: MODEL.PRETRAINED_EMA: the weights to take from a file that also holds their average.
+
     Returns:
-        The contents of the file, and the name of its format.
+        The name of their format.
 
     Raises:
         UserError: unreadable weights, or, when evaluating, weights for other classes or without a part of the model.
     """
-    with local_rank_zero_first(dist_info):
-        contents = read_checkpoint(resolve_weights(source, progress=dist_info.is_main))
-    weights, trained_on = extract_state_dict(contents, source), class_names_in(contents, source)
+    chosen, trained_on = extract_weights(contents, source, choice), class_names_in(contents, source)
     if evaluating:
         check_same_class_names(source, trained_on, class_names)
-    report = load_weights(task.model, weights, class_names, source, trained_on=trained_on)
+    elif chosen.note:
+        log.info("%s %s", source, chosen.note)
+    report = load_weights(task.model, chosen.state_dict, class_names, source, trained_on=trained_on)
     log.info("weights from %s (format: %s)\n%s", source, report.format, report.table())
     if evaluating and report.initialised:
         raise UserError(
             f"{source}: has no weights for {', '.join(report.initialised)}: there is nothing to evaluate. Train "
             "them first (--pretrained without --eval), or evaluate on the data these weights were made for"
         )
-    return contents, report.format
+    return report.format
 
 
 def check_same_class_names(source: str, saved: list[str] | None, current: list[str] | None) -> None:

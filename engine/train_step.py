@@ -39,6 +39,7 @@ class TrainState:
     images_seen: int = 0  # over all ranks and epochs; data order, augmentation and learning rate follow from it
     best_metric: float | None = None  # best value so far of the metric that selects the best checkpoint
     best_loss: float | None = None  # validation loss of that evaluation, which breaks ties
+    better_weights: str | None = None  # at the last evaluation: "model", or "ema" if the average was better
     skipped: int = 0  # steps skipped because loss or gradient was not finite
     skipped_in_a_row: int = 0
     epoch_sums: dict[str, float] = field(default_factory=dict)  # of the current epoch, see `StepMetrics`
@@ -51,13 +52,22 @@ class TrainState:
         self.epoch_sums = {}
         return means
 
-    def update_best(self, value: float, loss: float, higher_is_better: bool) -> bool:
-        """Returns whether this evaluation is the best so far, and remembers it if so. The loss breaks ties."""
+    def update_best(self, results: dict[str, tuple[float, float]], higher_is_better: bool) -> bool:
+        """Remembers the better weights of an evaluation, and its result if it is the best so far.
+
+        Args:
+            results: metric and loss by the kind of the weights, "model" or "ema". The loss breaks ties.
+
+        Returns:
+            Whether it is the best so far.
+        """
         sign = 1 if higher_is_better else -1
+        scores = {kind: (sign * value, -loss) for kind, (value, loss) in results.items()}
+        self.better_weights = max(scores, key=lambda kind: scores[kind])
         if self.best_metric is not None and self.best_loss is not None:
-            if (sign * value, -loss) <= (sign * self.best_metric, -self.best_loss):
+            if scores[self.better_weights] <= (sign * self.best_metric, -self.best_loss):
                 return False
-        self.best_metric, self.best_loss = value, loss
+        self.best_metric, self.best_loss = results[self.better_weights]
         return True
 
     def best_as(self, name: str) -> dict[str, float]:

@@ -260,15 +260,15 @@ class Trainer:
         return True
 
     def _update_best(self, evaluated: dict[str, float]) -> bool:
-        """Returns whether the model or its average is the best so far."""
+        """Returns whether the model or its average is the best so far; the state remembers which one is better."""
         name = best_metric_name(self.config, self._task)
         key, higher_is_better = ("val_loss", False) if name == "loss" else (name, self._task.metrics[name])
-        improved = [
-            self.state.update_best(evaluated[prefix + key], evaluated[prefix + "val_loss"], higher_is_better)
-            for prefix in ("", "ema_")
+        results = {
+            kind: (evaluated[prefix + key], evaluated[prefix + "val_loss"])
+            for kind, prefix in (("model", ""), ("ema", "ema_"))
             if prefix + key in evaluated
-        ]
-        return any(improved)
+        }
+        return self.state.update_best(results, higher_is_better)
 
     def _save(self, checkpointer: AsyncCheckpointer | None, epoch: int | None = None, best: bool = False) -> None:
         """Saves in the background; docs/FORMATS.md describes the contents. A collective call.

@@ -44,6 +44,7 @@ FLAGS = [
     (["--zip"], {"DATA.ZIP_MODE": True}),
     (["--cache-mode", "full"], {"DATA.CACHE_MODE": "full"}),
     (["--pretrained", "a.pth"], {"MODEL.PRETRAINED": "a.pth"}),
+    (["--ema"], {"MODEL.PRETRAINED_EMA": "ema"}),
     (["--resume", "a.pth"], {"MODEL.RESUME": "a.pth"}),
     (["--accumulation-steps", "4"], {"TRAIN.ACCUMULATION_STEPS": 4}),
     (["--use-checkpoint"], {"TRAIN.USE_CHECKPOINT": True}),

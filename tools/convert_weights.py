@@ -3,15 +3,21 @@
     python -m tools.convert_weights swin_tiny_patch4_window7_224.pth swin_t.safetensors --to torchvision
     python -m tools.convert_weights model.safetensors swin_tiny.pth --to original
 
-IN is a path, a name listed by `python -m tools.models`, or a URL. Its format (of the original code, timm, torchvision
-or Hugging Face transformers), its file type, and a prefix of its names are detected. OUT is a safetensors file if it
-ends so, else a PyTorch file (for `original` with the weights under the key "model", as that code expects).
+IN is a path, a name listed by `python -m tools.models`, or a URL. Its format (of the original code, timm, torchvision,
+Hugging Face transformers or OpenMMLab's mmpretrain), its file type, and a prefix of its names are detected. OUT is a
+safetensors file if it ends so, else a PyTorch file (for `original` with the weights under the key "model", as that code
+expects).
 
-Converting back gives the same tensors, bit for bit: conversion only renames, joins and splits them. Buffers that a
-library computes itself (indices, masks, tables of offsets) are written if its current files contain them: never for
-timm and hf; always for torchvision; for `original` if IN has them. Older files of timm and transformers contain some
-too: --keep-buffers keeps them. `hf` has the names of transformers' files, which every release reads with
-from_pretrained(); `hf5` has the names that release 5 has in memory for Swin V1, for load_state_dict().
+Converting back gives the same tensors, bit for bit: conversion only renames, joins, splits and reorders them. Buffers
+that a library computes itself (indices, masks, tables of offsets) are written if its current files contain them: never
+for timm and hf; always for torchvision; for mmpretrain always with V1, and with V2 if IN has them; for `original` if IN
+has them. Older files of timm and transformers contain some too: --keep-buffers keeps them. `hf` has the names of
+transformers' files, which every release reads with from_pretrained(); `hf5` has the names that release 5 has in memory
+for Swin V1, for load_state_dict().
+
+Of a file that also holds averaged weights (EMA), such as best.pth of a run, those are converted that the file says are
+better, else the weights as trained; --ema takes the averaged ones, --no-ema those as trained. The output says what lies
+in the file.
 
 Evaluation and fine-tuning with main.py need no conversion: --pretrained accepts all formats.
 """
@@ -34,11 +40,11 @@ from models.pretrained.convert import (
 )
 from models.pretrained.download import resolve_weights
 from models.pretrained.key_maps import DERIVED, FORMATS
-from utils.checkpoint.io import SAFETENSORS, extract_state_dict, read_checkpoint, write_weights
+from utils.checkpoint.io import SAFETENSORS, read_checkpoint, write_weights
+from utils.checkpoint.weights import WEIGHT_ENTRIES, extract_weights
 from utils.cli import CliParser, number, run_cli, user_path
 from utils.errors import UserError
 
-KEYS = ("model", "state_dict")  # of the weights, in files that contain more
 SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".bin")
 
 
@@ -61,11 +67,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep-buffers", action="store_true", help="also write buffers of IN that current files of this format lack"
     )
+    parser.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="convert the averaged weights of a file that holds both"
+    )
     return parser
 
 
-def convert(source: str, target: Path, to: str, window: int | None = None, keep_buffers: bool = False) -> list[str]:
+def convert(
+    source: str, target: Path, to: str, window: int | None = None, keep_buffers: bool = False, ema: bool | None = None
+) -> list[str]:
     """Converts `source` to the file `target`. Returns lines of text: what was detected, and what was left out.
+
+    Args:
+        ema: convert the averaged weights, or those as trained; if None, those that the file says are better.
 
     Raises:
         UserError: files that cannot be read or written, weights of an unknown format, or a model that the format `to`
@@ -79,17 +93,18 @@ def convert(source: str, target: Path, to: str, window: int | None = None, keep_
         raise UserError(f"{target}: IN and OUT are the same file. Give OUT another name")
 
     contents = read_checkpoint(resolve_weights(source, progress=sys.stderr.isatty()))
-    weights = extract_state_dict(contents, source)
+    chosen = extract_weights(contents, source, {None: "auto", True: "ema", False: "model"}[ema])
     try:
-        converted, messages = convert_state_dict(weights, to, window, keep_buffers)
+        converted, messages = convert_state_dict(chosen.state_dict, to, window, keep_buffers)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     write_weights(target, converted, key="model" if to == "original" and target.suffix != SAFETENSORS else "")
 
     values = sum(value.numel() for value in converted.values())
     summary = f"{target}: format {to}, {len(converted)} tensors, {values:,} values"
-    lines = [f"{source}: {messages[0]}", summary, *messages[1:]]
-    other = [str(key) for key, value in contents.items() if not isinstance(value, Tensor) and key not in KEYS]
+    notes = [f"{source} {chosen.note}"] if chosen.note else []
+    lines = [*notes, f"{source}: {messages[0]}", summary, *messages[1:]]
+    other = [str(k) for k, value in contents.items() if not isinstance(value, Tensor) and k not in WEIGHT_ENTRIES]
     if other:
         lines.append(f"left out, not weights: {', '.join(other)}")
     return lines
@@ -134,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> int:
         args = build_parser().parse_args(argv)
-        for line in convert(args.source, args.target, args.to, args.window_size, args.keep_buffers):
+        for line in convert(args.source, args.target, args.to, args.window_size, args.keep_buffers, args.ema):
             print(line)
         return 0
 

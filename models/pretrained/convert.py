@@ -18,6 +18,7 @@ from models.pretrained.key_maps import (
     HF,
     HF5,
     INDEX,
+    MMPRETRAIN,
     ORIGINAL,
     TIMM,
     TORCHVISION,
@@ -66,7 +67,7 @@ def format_and_prefix(names: Iterable[str]) -> tuple[WeightFormat | None, str]:
         UserError: the names contain several Swins.
     """
     names = list(names)
-    anchors = {weight_format.anchor: weight_format for weight_format in (ORIGINAL, TORCHVISION, HF)}
+    anchors = {weight_format.anchor: weight_format for weight_format in (ORIGINAL, TORCHVISION, HF, MMPRETRAIN)}
     found = [
         (anchor, name.removesuffix(anchor))
         for name in names
@@ -133,7 +134,7 @@ def from_original(
         return kept
     version = swin_version(weights)
     _refuse_unsupported_variants(weights, version, target)
-    if INDEX in target.stored:
+    if INDEX in target.stored and version in target.computed:
         kept |= _missing_buffers(kept, version, window)
     converted, unmatched = _convert(kept, _compile(target, version, to_ours=False))
     unknown = [name for name in unmatched if _last_part(name) not in DERIVED]
@@ -229,7 +230,7 @@ def _convert(weights: Mapping[str, Tensor], rules: list[_CompiledRule]) -> tuple
         complete = all(value is not None or not pattern.required for value, pattern in zip(values, read, strict=True))
         try:
             results = convert(values) if complete else None
-        except (ValueError, RuntimeError):  # the shapes do not match: loading will name the missing tensor
+        except (ValueError, RuntimeError, IndexError):  # the shapes do not match: loading will name the missing tensor
             results = None
         if results is None:
             unmatched.extend(names.values())

@@ -30,13 +30,20 @@ log = logging.getLogger(__name__)
 TIMEOUT = 30  # seconds without a response
 CHUNK = 1 << 20  # bytes
 
+# What `save_pretrained` of transformers and timm writes into a folder: whole, or an index of several files.
+_FILES_OF_FOLDERS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+_WEIGHT_SUFFIXES = (".pth", ".safetensors", ".bin", ".pt", ".ckpt")
+
 
 def resolve_weights(source: str, progress: bool = False) -> Path:
     """The local file for `source`, downloaded if necessary.
 
     Args:
         source: a path, a name listed by `python -m tools.models`, or an http(s) URL; an existing file takes precedence
-            over a name. `#sha256=HEX` after it, at least the first 8 digits, is verified.
+            over a name. A folder stands for the file that `save_pretrained` wrote into it. `#sha256=HEX` after it, at
+            least the first 8 digits, is verified.
         progress: show a progress bar.
 
     Raises:
@@ -45,7 +52,7 @@ def resolve_weights(source: str, progress: bool = False) -> Path:
     location, _, digest = expand_user(source, "weights").partition("#sha256=")
     if digest and not re.fullmatch(r"[0-9a-fA-F]{8,64}", digest):
         raise UserError(f"{source}: a SHA-256 has 64 hexadecimal digits, of which at least the first 8 must be given")
-    path, url = Path(location), None
+    path, url = _file_in_folder(Path(location)), None
     if not path.is_file():
         release = registry.find(location)
         if release is not None:
@@ -59,6 +66,11 @@ def resolve_weights(source: str, progress: bool = False) -> Path:
     elif digest and not (actual := _sha256(path)).startswith(digest.lower()):
         raise UserError(f"{path}: SHA-256 is {actual}, expected {digest}. Delete it to download it again")
     return path
+
+
+def _file_in_folder(path: Path) -> Path:
+    """The weight file in the folder `path`; `path` itself if it is no folder, or one without such a file."""
+    return next((path / name for name in _FILES_OF_FOLDERS if (path / name).is_file()), path)
 
 
 def _cache_dir() -> Path:
@@ -76,6 +88,11 @@ def _file_name(url: str) -> str:
 
 
 def _not_found(location: str) -> str:
+    if Path(location).is_dir():
+        inside = [path for depth in ("*", "*/*") for path in sorted(Path(location).glob(depth))]
+        files = [str(path) for path in inside if path.suffix in _WEIGHT_SUFFIXES and not path.name.startswith(".")]
+        such_as = f", such as {files[0]}" if files else ""
+        return f"{location}: is a folder without {' or '.join(_FILES_OF_FOLDERS[::2])}. Name the file to read{such_as}"
     similar = difflib.get_close_matches(location, [release.name for release in registry.RELEASES], n=1)
     hint = f"Did you mean the released {similar[0]}? " if similar else ""
     return (

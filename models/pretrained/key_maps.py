@@ -87,10 +87,12 @@ class WeightFormat:
 
     Args:
         name: shown in messages, and the value of `tools.convert_weights --to`.
-        origin: the library that writes this format, one of utils.origins.ORIGINS.
+        origin: the library that writes this format. Weights of one that is not in utils.origins.ORIGINS are evaluated
+            like the original code's.
         anchor: a name that every file in this format has, after any prefix.
         rules: the first rule that matches a name applies. None for this project's own format.
         stored: the entries of `DERIVED` that a file contains.
+        computed: the versions of Swin for which stored entries are computed where they are missing.
         body_prefixes: for Swin V1 and V2, the prefix of all names except the classifier's, in files with a classifier.
     """
 
@@ -99,6 +101,7 @@ class WeightFormat:
     anchor: str
     rules: tuple[Rule, ...] | None
     stored: tuple[str, ...] = ()
+    computed: tuple[int, ...] = (1, 2)
     body_prefixes: tuple[str, str] = ("", "")
 
 
@@ -250,4 +253,60 @@ HF5 = replace(
     HF, name="hf5", rules=tuple(replace(rule, theirs=tuple(map(_hf5_name, rule.theirs))) for rule in HF.rules or ())
 )
 
-FORMATS = {weight_format.name: weight_format for weight_format in (ORIGINAL, TIMM, TORCHVISION, HF, HF5)}
+# Patches that are merged, in the original's order: (row, column) 00, 10, 01, 11, each with all of its channels.
+_ROW_MAJOR = [0, 2, 1, 3]  # the same list reorders there and back
+
+
+def _channels_first(merged: list[Tensor]) -> list[Tensor]:
+    """Reorders the last dimension of 4 · C: from the original's patches of C channels to C channels of 4 patches.
+
+    mmpretrain unfolds the map, which yields the patches row by row within each channel.
+    """
+    values = merged[0].unflatten(-1, (4, -1))
+    return [values[..., _ROW_MAJOR, :].transpose(-1, -2).flatten(-2)]
+
+
+def _patches_first(merged: list[Tensor]) -> list[Tensor]:
+    """The inverse of `_channels_first`."""
+    values = merged[0].unflatten(-1, (-1, 4)).transpose(-1, -2)
+    return [values[..., _ROW_MAJOR, :].flatten(-2)]
+
+
+_MM_BLOCK = "stages.{i}.blocks.{j}."
+
+
+def _mm_merging(ours: str, theirs: str, version: int) -> Rule:
+    return Rule((ours,), (theirs,), _patches_first, _channels_first, version)
+
+
+# OpenMMLab's mmpretrain and mmdetection. Their Swins have four stages, and name the last norm after the last stage.
+MMPRETRAIN = WeightFormat(
+    "mmpretrain",
+    "mmpretrain",
+    "stages.0.blocks.0.attn.w_msa.qkv.weight",
+    (
+        # Swin V2 merges patches at the start of the next stage, and normalizes them after the reduction.
+        _mm_merging("layers.{i}.downsample.reduction.weight", "stages.{i}.downsample.reduction.weight", 1),
+        _mm_merging("layers.{i}.downsample.norm.{rest}", "stages.{i}.downsample.norm.{rest}", 1),
+        _mm_merging("layers.{i}.downsample.reduction.weight", "stages.{i+1}.downsample.reduction.weight", 2),
+        *_renames(("layers.{i}.downsample.norm.{rest}", "stages.{i+1}.downsample.norm.{rest}"), version=2),
+        *_renames(
+            (_BLOCK + "attn.{rest}", _MM_BLOCK + "attn.w_msa.{rest}"),
+            (_BLOCK + "mlp.fc1.{rest}", _MM_BLOCK + "ffn.layers.0.0.{rest}"),
+            (_BLOCK + "mlp.fc2.{rest}", _MM_BLOCK + "ffn.layers.1.{rest}"),
+            (_BLOCK + "norm1.{rest}", _MM_BLOCK + "norm1.{rest}"),
+            (_BLOCK + "norm2.{rest}", _MM_BLOCK + "norm2.{rest}"),
+            ("patch_embed.proj.{rest}", "patch_embed.projection.{rest}"),
+            ("patch_embed.norm.{rest}", "patch_embed.norm.{rest}"),
+            ("absolute_pos_embed", "absolute_pos_embed"),
+            ("norm.{rest}", "norm3.{rest}"),
+            ("head.{rest}", "head.fc.{rest}"),
+        ),
+    ),
+    # mmpretrain computes the buffers of V2 anew when it loads them.
+    stored=(INDEX, COORDINATES),
+    computed=(1,),
+    body_prefixes=("backbone.", "backbone."),
+)
+
+FORMATS = {weight_format.name: weight_format for weight_format in (ORIGINAL, TIMM, TORCHVISION, HF, HF5, MMPRETRAIN)}

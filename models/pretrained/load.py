@@ -25,6 +25,7 @@ from utils.errors import UserError
 
 BIAS_TABLE = "relative_position_bias_table"
 POSITIONS = "absolute_pos_embed"
+_WRAPPERS = ("module.", "_orig_mod.", "model.")  # by DDP, torch.compile and training programs, before every name
 _FLOAT = torch.empty(0)  # compared with the classifier's dtype if the model has no classifier
 
 
@@ -88,22 +89,25 @@ def load_weights(
     weights, outside = _convert_to_format_of(own, state_dict, report, source)
     loading = _Loading(own, weights, _head_names(model), report)
     loading.add_all(outside, dict(model.named_buffers()))
-    fraction = matched_fraction(weights, {*loading.new, *loading.head})
+    fraction = matched_fraction(weights, {*loading.new, *loading.head_names})
     if fraction < MIN_MATCHED_FRACTION:
         loading.problems.extend(f"{n} is not in the model" for n in weights if n in outside and n not in own)
     if not loading.problems:
         other_classes = bool(trained_on and class_names and list(trained_on) != list(class_names))
-        loading.add_head(class_names, other_classes)
+        loading.add_heads(class_names, other_classes)
     if loading.problems:
         raise UserError(_refusal(source, report.format, fraction, loading.problems))
     model.load_state_dict(loading.new, strict=True)
     return report
 
 
-def _head_names(model: nn.Module) -> tuple[str, str]:
-    """Names of the classifier's weight and bias; models of timm have them in their configuration."""
-    name = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
-    return f"{name}.weight", f"{name}.bias"
+def _head_names(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of each classifier's weight and bias; models of timm have them in their configuration.
+
+    Distilled models have two classifiers, whose outputs are averaged.
+    """
+    names = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+    return [(f"{name}.weight", f"{name}.bias") for name in ([names] if isinstance(names, str) else names or ())]
 
 
 def _convert_to_format_of(
@@ -118,7 +122,9 @@ def _convert_to_format_of(
         detected = detect_format(state_dict)
         target, _ = format_and_prefix(own)
         weights = detected.weights
-        if detected.format is not None:
+        if detected.format is None:
+            weights = _without_wrappers(weights, own)
+        else:
             report.format = detected.format.origin
             if target is not None and target is not detected.format:
                 weights = to_original(detected)
@@ -128,6 +134,16 @@ def _convert_to_format_of(
     return weights, detected.outside
 
 
+def _without_wrappers(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Removes what wrappers put before every name, from weights of a model that is no Swin."""
+    while weights and not weights.keys() & own.keys():
+        wrapper = next((each for each in _WRAPPERS if all(name.startswith(each) for name in weights)), None)
+        if wrapper is None:
+            break
+        weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
+    return weights
+
+
 @dataclass
 class _Loading:
     """Tensors on their way into a model: those to load are collected in `new`, reasons to refuse in `problems`.
@@ -135,32 +151,37 @@ class _Loading:
     Attributes:
         own: the model's state dict.
         weights: the given weights, in the model's format.
-        head: names of the classifier's weight and bias.
+        heads: names of each classifier's weight and bias.
     """
 
     own: dict[str, Tensor]
     weights: dict[str, Tensor]
-    head: tuple[str, str]
+    heads: list[tuple[str, str]]
     report: LoadReport
     new: dict[str, Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def head_names(self) -> set[str]:
+        return {name for head in self.heads for name in head}
+
     def add_all(self, outside: frozenset[str], buffers: dict[str, Tensor]) -> None:
         """Adds all tensors except the classifier's. `buffers`: the model's, including the non-persistent ones."""
+        head_names = self.head_names
         for name, value in self.weights.items():
             reference = self.own.get(name, _FLOAT)
             if name not in self.own and name.rpartition(".")[2] in DERIVED:
                 self.report.dropped.append(f"{name} ({_why_dropped(name, value, buffers.get(name))})")
             elif name not in self.own and name in outside:
                 self.report.dropped.append(f"{name} (outside the model)")
-            elif name not in self.own and name not in self.head:
+            elif name not in self.own and name not in head_names:
                 self.problems.append(f"{name} is not in the model")
             elif not isinstance(value, Tensor) or value.is_floating_point() != reference.is_floating_point():
                 kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 self.problems.append(f"{name} is {kind}, not a tensor of {reference.dtype} or the like")
-            elif name not in self.head:
+            elif name not in head_names:
                 self._add(name, value, reference)
-        missing = (name for name in self.own if name not in self.weights and name not in self.head)
+        missing = (name for name in self.own if name not in self.weights and name not in head_names)
         self.problems.extend(f"{name} is missing" for name in missing)
 
     def _add(self, name: str, value: Tensor, own: Tensor) -> None:
@@ -173,37 +194,46 @@ class _Loading:
         else:
             self.problems.append(f"{name} has shape {_shape(value)}, the model has {_shape(own)}")
 
-    def add_head(self, class_names: Sequence[str] | None, other_classes: bool) -> None:
-        """Adds the classifier. `other_classes`: the weights are known to be for other classes than the model's."""
-        present = [name for name in self.head if name in self.weights]
-        if self.head[0] not in self.own:
-            self.report.dropped.extend(f"{name} (the model has no classifier)" for name in present)
+    def add_heads(self, class_names: Sequence[str] | None, other_classes: bool) -> None:
+        """Adds each classifier. `other_classes`: the weights are known to be for other classes than the model's."""
+        for names in self.heads:
+            self._add_head(names, class_names, other_classes)
+
+    def _add_head(self, names: tuple[str, str], class_names: Sequence[str] | None, other_classes: bool) -> None:
+        own_names = [name for name in names if name in self.own]  # some classifiers have no bias
+        present = [name for name in names if name in self.weights]
+        if not own_names:
+            self.report.dropped.extend(f"{name} (the model has no such classifier)" for name in present)
             return
         if not present:
-            self.new.update({name: self.own[name] for name in self.head})
+            self.new.update({name: self.own[name] for name in own_names})
             reason = "not among the weights, left as it was initialised"
-            self.report.initialised.extend(f"{name} ({reason})" for name in self.head)
+            self.report.initialised.extend(f"{name} ({reason})" for name in own_names)
             return
-        if len(present) == 1:
-            self.problems.append(f"{present[0]} comes without the other of {' and '.join(self.head)}")
+        if present != own_names:
+            lacking = [name for name in own_names if name not in present]
+            self.problems.extend(f"{present[0]} comes without {name}" for name in lacking)
+            self.problems.extend(f"{name} is not in the model" for name in present if name not in own_names)
             return
-        weight, bias = (self.weights[name] for name in self.head)
-        own = self.own[self.head[0]]
-        if weight.shape[1:] != own.shape[1:] or bias.shape != weight.shape[:1]:
-            shapes = f"{self.head[0]} {_shape(weight)} and {self.head[1]} {_shape(bias)}"
-            self.problems.append(f"{shapes} do not fit {_shape(own)}")
-        elif weight.shape[0] == own.shape[0] and not other_classes:
-            self.new.update({name: self.weights[name] for name in self.head})
-            self.report.loaded.extend(self.head)
+        given, own = ({name: values[name] for name in own_names} for values in (self.weights, self.own))
+        classes, own_classes = (values[own_names[0]].shape[0] for values in (given, own))
+        if any(
+            given[name].shape[:1] != (classes,) or given[name].shape[1:] != own[name].shape[1:] for name in own_names
+        ):
+            shapes = " and ".join(f"{name} {_shape(value)}" for name, value in given.items())
+            self.problems.append(f"{shapes} do not fit {' and '.join(_shape(value) for value in own.values())}")
+        elif classes == own_classes and not other_classes:
+            self.new.update(given)
+            self.report.loaded.extend(own_names)
         else:
             rows = None
-            if weight.shape[0] == 21841 and own.shape[0] == 1000:  # by synset, even if `other_classes`
+            if classes == 21841 and own_classes == 1000:  # by synset, even if `other_classes`
                 rows = imagenet_22k_rows(class_names or ImageNetInfo("imagenet-1k").label_names())
-            self._add_converted_head(rows)
+            self._add_converted_head(own_names, rows)
 
-    def _add_converted_head(self, rows: list[int] | None) -> None:
+    def _add_converted_head(self, names: list[str], rows: list[int] | None) -> None:
         """Adds these rows of the given classifier or, if None, a classifier of zeros."""
-        for name in self.head:
+        for name in names:
             change = f"{_shape(self.weights[name])} -> {_shape(self.own[name])}"
             if rows is None:
                 self.new[name] = torch.zeros_like(self.own[name])

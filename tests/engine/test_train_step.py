@@ -209,15 +209,29 @@ def test_a_step_never_waits_for_the_device(clip_grad: float):
 
 def test_best_metric_follows_its_direction_and_the_loss_breaks_ties():
     state = TrainState()
-    assert state.update_best(80.0, 1.0, higher_is_better=True)
-    assert not state.update_best(80.0, 1.0, higher_is_better=True)
-    assert not state.update_best(79.0, 0.1, higher_is_better=True)
-    assert state.update_best(80.0, 0.9, higher_is_better=True)
+    assert state.update_best({"model": (80.0, 1.0)}, higher_is_better=True)
+    assert not state.update_best({"model": (80.0, 1.0)}, higher_is_better=True)
+    assert not state.update_best({"model": (79.0, 0.1)}, higher_is_better=True)
+    assert state.update_best({"model": (80.0, 0.9)}, higher_is_better=True)
     assert (state.best_metric, state.best_loss) == (80.0, 0.9)
     state = TrainState()
-    assert state.update_best(0.5, 0.5, higher_is_better=False)
-    assert state.update_best(0.4, 0.4, higher_is_better=False)
-    assert not state.update_best(0.45, 0.45, higher_is_better=False)
+    assert state.update_best({"model": (0.5, 0.5)}, higher_is_better=False)
+    assert state.update_best({"model": (0.4, 0.4)}, higher_is_better=False)
+    assert not state.update_best({"model": (0.45, 0.45)}, higher_is_better=False)
+
+
+def test_the_better_weights_of_the_last_evaluation_are_remembered():
+    state = TrainState()
+    assert state.update_best({"model": (70.0, 1.0), "ema": (80.0, 1.0)}, higher_is_better=True)
+    assert (state.better_weights, state.best_metric) == ("ema", 80.0)
+    assert not state.update_best({"model": (75.0, 1.0), "ema": (60.0, 1.0)}, higher_is_better=True)
+    assert (state.better_weights, state.best_metric) == ("model", 80.0)
+    assert state.update_best({"model": (90.0, 0.9), "ema": (90.0, 0.8)}, higher_is_better=True)
+    assert (state.better_weights, state.best_loss) == ("ema", 0.8)
+    state = TrainState()
+    assert state.update_best({"model": (0.3, 0.3), "ema": (0.2, 0.2)}, higher_is_better=False)
+    assert state.better_weights == "ema"
+    assert TrainState().better_weights is None
 
 
 class TwoTerms(Classification):

@@ -66,6 +66,21 @@ def _tensor(offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> byte
     )  # fmt: skip
 
 
+def _dtype(name: str, byteorder: str = "<", size: int = -1, fields: bytes = b"N") -> bytes:
+    state = _tuple(_int(3), _text(byteorder), b"N", b"N", fields, _int(size), _int(size), _int(0))
+    return _call(_global("numpy.dtype"), _text(name), b"\x89", b"\x88") + state + b"b"
+
+
+def _array(shape: bytes, dtype: bytes, data: bytes) -> bytes:
+    state = _tuple(_int(1), shape, dtype, b"\x89", data)
+    new = _call(_global("numpy._core.multiarray._reconstruct"), _global("numpy.ndarray"), _tuple(_int(0)), _text("b"))
+    return new + state + b"b"
+
+
+def _encoded(value: str) -> bytes:
+    return _call(_global("_codecs.encode"), _text(value), _text("latin1"))
+
+
 # By family of opcodes that call or build an object by name.
 FAMILIES: dict[str, bytes] = {
     "GLOBAL, REDUCE": _EVIL,
@@ -131,7 +146,30 @@ FAMILIES: dict[str, bytes] = {
             _global("os.system"),
         )
     ),
+    "a stand-in for a path": _pickled(_call(_global("pathlib.PosixPath"), _call(_global("os.system"), _RUN))),
+    "a stand-in for a factory": _pickled(_call(_global("collections.defaultdict"), _global("os.system"))),
+    "a stand-in for a dtype": _pickled(
+        _call(_global("numpy.dtype"), _call(_global("os.system"), _RUN), b"\x89", b"\x88")
+    ),
+    "a stand-in for an array of objects": _pickled(
+        _array(_tuple(_int(1)), _dtype("O8"), b"](" + _call(_global("os.system"), _RUN) + b"e")
+    ),
     "a config that is none": _pickled(_call(_global("yacs.config.CfgNode"), _call(_global("os.system"), _RUN))),
+}
+
+NUMPY_LIES: dict[str, bytes] = {
+    "array beyond its data": _pickled(_array(_tuple(_int(1 << 40)), _dtype("f4"), _encoded("abcd"))),
+    "array of negative size": _pickled(_array(_tuple(_int(-1)), _dtype("f4"), _encoded("abcd"))),
+    "array of many dimensions": _pickled(_array(_tuple(*[_int(1)] * 500), _dtype("f4"), _encoded("abcd"))),
+    "array of pointers": _pickled(_array(_tuple(_int(1)), _dtype("O8"), _encoded("abcdefgh"))),
+    "array of compound values": _pickled(_array(_tuple(_int(1)), _dtype("V8", fields=b"}"), _encoded("abcdefgh"))),
+    "array of an unknown type": _pickled(_array(_tuple(_int(1)), _dtype("Q" * 99), _encoded("abcd"))),
+    "array without a type": _pickled(_array(_tuple(_int(1)), b"N", _encoded("abcd"))),
+    "array of long texts": _pickled(_array(_tuple(_int(1)), _dtype("U" + "9" * 18), _encoded("abcd"))),
+    "scalar of too few bytes": _pickled(_call(_global("numpy.core.multiarray.scalar"), _dtype("f8"), _encoded("ab"))),
+    "scalar without a type": _pickled(_call(_global("numpy.core.multiarray.scalar"), _text("f8"), _encoded("ab"))),
+    "byte order that is none": _pickled(_call(_global("numpy.dtype"), _text("f4")) + _tuple(*[b"N"] * 8) + b"b"),
+    "path of numbers": _pickled(_call(_global("pathlib.PosixPath"), _int(1))),
 }
 
 # These run no code, but declare wrong or excessive contents.
@@ -146,6 +184,7 @@ LIES: dict[str, bytes] = {
     "long text": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 62) + b"x.",
     "long number": b"\x80\x02\x8b" + struct.pack("<i", 1 << 30) + b"x.",
     "frame that lies": b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"}.",
+    **NUMPY_LIES,
     "no STOP": b"\x80\x02}",
     "empty stack": b"\x80\x02.",
     "a list": b"\x80\x02].",

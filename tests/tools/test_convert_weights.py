@@ -100,6 +100,44 @@ def test_omitted_entries_are_reported(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "layers.0.blocks.1.attn_mask" in torch.load(tmp_path / "kept.pth", weights_only=True)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_mmpretrain(version: int, tmp_path: Path, capsys: pytest.CaptureFixture):
+    weights = spread(Case("timm", version).ours()).state_dict()
+    torch.save({"model": weights}, tmp_path / "ours.pth")
+    convert(tmp_path / "ours.pth", tmp_path / "mm.pth", "--to", "mmpretrain")
+    theirs = torch.load(tmp_path / "mm.pth", weights_only=True)
+    torch.save({"meta": {"epoch": 300}, "state_dict": theirs}, tmp_path / "published.pth")
+    convert(tmp_path / "published.pth", tmp_path / "timm.safetensors", "--to", "timm")
+    assert f"published.pth: Swin V{version}, format mmpretrain, " in capsys.readouterr().out
+    convert(tmp_path / "timm.safetensors", tmp_path / "back.pth", "--to", "mmpretrain")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back.keys() == theirs.keys() and all(torch.equal(back[name], value) for name, value in theirs.items())
+
+
+def test_averaged_weights_are_named_and_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture):
+    raw, average = (spread(small()).state_dict() for _ in range(2))
+    average["norm.bias"] = raw["norm.bias"] + 1
+    file, out = tmp_path / "best.pth", tmp_path / "out.pth"
+
+    def converted(contents: dict, *flags: str) -> str:
+        torch.save(contents, file)
+        convert(file, out, "--to", "timm", *flags)
+        bias = torch.load(out, weights_only=True)["norm.bias"]
+        return "raw" if torch.equal(bias, raw["norm.bias"]) else "average"
+
+    both = {"model": raw, "ema": average, "optimizer": {}}
+    assert converted(both | {"state": {"better_weights": "ema"}}) == "average"
+    output = capsys.readouterr().out
+    assert "best.pth holds weights as trained under 'model', averaged weights (EMA) under 'ema': takes the av" in output
+    assert "left out, not weights: optimizer, state" in output
+    assert converted(both | {"state": {"better_weights": "ema"}}, "--no-ema") == "raw"
+    assert converted(both) == "raw" and "--ema takes the averaged ones" in capsys.readouterr().out
+    assert converted(both, "--ema") == "average"
+    assert converted({"state_dict_ema": average}) == "average"
+    torch.save({"model": raw}, file)
+    assert "holds no averaged weights (EMA)" in refused(capsys, file, out, "--to", "timm", "--ema")
+
+
 def test_errors_are_reported_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture):
     file = tmp_path / "v2.pth"
     torch.save(dict(SMALL[1].theirs().state_dict()), file)

@@ -4,12 +4,13 @@ A checkpoint is a dict of plain values and tensors; `docs/FORMATS.md` lists its 
 are read too: they contain a pickled yacs config, which becomes a plain dict.
 """
 
+import functools
+import json
 import logging
 import pickletools
 import re
 import zipfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,23 +18,28 @@ import safetensors.torch
 import torch
 
 from utils.checkpoint import digest
+from utils.checkpoint.stand_ins import STAND_INS, to_plain
 from utils.errors import UserError
 from utils.files import TEMPORARY, link_atomically, write_atomically
 
 log = logging.getLogger(__name__)
 
 SAFETENSORS = ".safetensors"
+INDEX_SUFFIX = ".index.json"
 MAX_EXCESS_BYTES = 1 << 30  # bytes that a tensor may claim beyond those of its storage (a view may repeat them)
-MAX_NESTING = 50
 
-# Classes that training programs pickle next to their weights. They are read as dicts, so their code never runs;
-# OrderedDict is the one type of mapping that the unpickler accepts.
-_READ_AS_DICT = ("yacs.config.CfgNode", "argparse.Namespace")
-_HARMLESS_GLOBAL = re.compile(r"(collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\.\w*Storage|torch\.Size)$")
+# Names that the unpickler itself knows, besides those of `STAND_INS`.
+_HARMLESS_GLOBAL = re.compile(
+    r"(collections\.(OrderedDict|Counter)|torch\._utils\._rebuild_\w+|torch\.nn\.parameter\.Parameter|_codecs\.encode|"
+    r"torch\.(\w*Storage|Size|Tensor|device|bool|b?float\d\w*|u?int\d+|complex\d+)|builtins\.(set|complex|bytearray))$"
+)
 
 
 def read_checkpoint(path: Path | str) -> dict:
     """Reads a checkpoint or a safetensors file into a dict of CPU tensors and plain values.
+
+    Args:
+        path: the file, or the index of weights that `save_pretrained` spread over several files.
 
     Raises:
         UserError: missing, damaged, not a checkpoint, a wrong digest, or a pickle that refers to code.
@@ -41,8 +47,11 @@ def read_checkpoint(path: Path | str) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file. Check the path")
-    contents = _load(path)
-    _require_dense(contents, path, [])
+    contents = _load_shards(path) if path.name.endswith(INDEX_SUFFIX) else _load(path)
+    try:
+        to_plain(contents, functools.partial(_require_dense, path))
+    except ValueError as error:
+        raise UserError(f"{path}: not a checkpoint: {error}. Use another copy") from error
     return contents
 
 
@@ -54,7 +63,7 @@ def _load(path: Path) -> dict:
             raise UserError(_why_unreadable(path, error)) from error
     _verify_checksums(path)
     try:
-        with torch.serialization.safe_globals([(OrderedDict, name) for name in _READ_AS_DICT]):
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler raise almost anything
         raise UserError(_why_unreadable(path, error)) from error
@@ -64,38 +73,36 @@ def _load(path: Path) -> dict:
     return contents
 
 
-def _require_dense(contents: object, path: Path, parents: list[int]) -> None:
-    """Refuses tensors that are not plain arrays, and containers that contain themselves.
+def _load_shards(index: Path) -> dict:
+    """Reads the files next to `index` that hold parts of one state dict; `weight_map` names the file of each tensor."""
+    try:
+        files = json.loads(index.read_bytes())["weight_map"]
+        names = sorted(set(files.values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: not a readable index of weights ({error}). Use another copy") from error
+    contents: dict = {}
+    for name in names:
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise UserError(f"{index}: names {name!r}, which is no file next to it. Use another copy")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index}: {name} is missing, which holds a part of the weights. Get it too")
+        contents |= _load(index.parent / name)
+    missing = sorted(files.keys() - contents.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(f"{index}: {missing[0]}{more}: in none of the files {', '.join(names)}. Use another copy")
+    return contents
+
+
+def _require_dense(path: Path, tensor: torch.Tensor) -> torch.Tensor:
+    """Refuses a tensor that is no plain array.
 
     Training saves dense tensors. Sparse or quantized ones, or a few bytes that claim to be terabytes, are not its own.
     """
-    if isinstance(contents, torch.Tensor):
-        dense = contents.layout is torch.strided and contents.device.type == "cpu" and not contents.is_quantized
-        if not dense or contents.nbytes - contents.untyped_storage().nbytes() > MAX_EXCESS_BYTES:
-            raise UserError(f"{path}: holds a tensor that is no plain array of numbers. Save the weights as plain ones")
-    elif isinstance(contents, dict | list | tuple):
-        if id(contents) in parents or len(parents) > MAX_NESTING:
-            raise UserError(f"{path}: not a checkpoint: its entries are nested without end. Use another copy")
-        for value in contents.values() if isinstance(contents, dict) else contents:
-            _require_dense(value, path, [*parents, id(contents)])
-
-
-def extract_state_dict(contents: dict, source: str) -> dict[str, torch.Tensor]:
-    """Returns the state dict of a checkpoint: its entry `model` or `state_dict`, or the whole file.
-
-    Raises:
-        UserError: there is none, or it contains values that are not finite.
-    """
-    weights = contents.get("model", contents.get("state_dict", contents))
-    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
-        entries = ", ".join(str(key)[:80] for key in list(contents)[:8])
-        raise UserError(f"{source}: no weights found; its entries are {entries}. Give a file that holds some")
-    weights = {str(name): value for name, value in weights.items() if isinstance(value, torch.Tensor)}
-    broken = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        more = f" and {len(broken) - 1} more" if broken[1:] else ""
-        raise UserError(f"{source}: {broken[0]}{more}: not all values are finite. Use another copy, or an earlier one")
-    return weights
+    dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not dense or tensor.nbytes - tensor.untyped_storage().nbytes() > MAX_EXCESS_BYTES:
+        raise UserError(f"{path}: holds a tensor that is no plain array of numbers. Save the weights as plain ones")
+    return tensor
 
 
 def write_weights(path: Path, weights: dict[str, torch.Tensor], key: str = "") -> None:
@@ -148,8 +155,7 @@ def _verify_checksums(path: Path) -> None:
 
 def _why_unreadable(path: Path, error: Exception) -> str:
     """The error message for a file that could not be loaded."""
-    known = set(_READ_AS_DICT)
-    code = [name for name in _globals_in_pickle(path) if not _HARMLESS_GLOBAL.match(name) and name not in known]
+    code = [name for name in _globals_in_pickle(path) if not _HARMLESS_GLOBAL.match(name) and name not in STAND_INS]
     if code:
         return (
             f"{path}: refused, nothing in it was run. Its pickle refers to {', '.join(code[:8])}, which is code, not "
@@ -177,7 +183,8 @@ def _globals_in_pickle(path: Path) -> list[str]:
             strings: list[str] = []
             for opcode, argument, _ in pickletools.genops(data):
                 if opcode.name in ("GLOBAL", "INST"):
-                    names[str(argument).replace(" ", ".")] = None
+                    # Pickles for Python 2 call the module of the built-in types by its name there.
+                    names[str(argument).replace(" ", ".").replace("__builtin__.", "builtins.", 1)] = None
                 elif opcode.name == "STACK_GLOBAL":
                     names[".".join(strings[-2:])] = None
                 elif isinstance(argument, str):

@@ -7,6 +7,7 @@ from types import NoneType
 
 import torch
 
+from utils.checkpoint.weights import KINDS
 from utils.errors import UserError
 
 FORMAT = 1
@@ -20,6 +21,7 @@ _STATE: dict[str, tuple[type, ...]] = {
     "images_seen": (int,), "best_metric": (*_NUMBER, NoneType), "best_loss": (*_NUMBER, NoneType),
     "skipped": _NUMBER, "skipped_in_a_row": _NUMBER, "epoch_sums": (dict,),
 }  # fmt: skip
+_BETTER_WEIGHTS = (None, *KINDS)  # `state.better_weights`, which earlier checkpoints lack
 _TRAIN_DATA: dict[str, tuple[type, ...]] = {"num_images": (int,), "dataset_digest": (str,), "global_batch_size": (int,)}
 _COUNT_LIMIT = 2**62  # counters above this would overflow a 64-bit integer in arithmetic
 
@@ -74,7 +76,9 @@ def _invalid_types(values: object, types: dict[str, tuple[type, ...]], prefix: s
 
 def _invalid_state(contents: dict) -> list[str]:
     state, data = contents["state"], contents.get("train_data", {"num_images": 1, "global_batch_size": 1})
-    invalid = [f"state.{key}" for key in state if key not in _STATE]
+    invalid = [f"state.{key}" for key in state if key not in (*_STATE, "better_weights")]
+    if state.get("better_weights") not in _BETTER_WEIGHTS:
+        invalid.append("state.better_weights")
     invalid += [f"state.{key}" for key in ("images_seen", "skipped", "skipped_in_a_row") if not _is_count(state[key])]
     invalid += [f"state.epoch_sums.{k}" for k, value in state["epoch_sums"].items() if not isinstance(value, _NUMBER)]
     positive = ("num_images", "global_batch_size")

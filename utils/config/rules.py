@@ -19,6 +19,7 @@ CHOICES = {
     "DATA.BACKEND": ("auto", "reference", "native", "gpu"),
     "DATA.CACHE_MODE": ("no", "part", "full"),
     "MODEL.TYPE": ("swin", "swinv2", "swin_mlp", "timm"),
+    "MODEL.PRETRAINED_EMA": ("auto", "model", "ema"),
     "MODEL.SWIN.POSITION": ("none", "abs", "abs+rel", "rel_no_app", "rel"),
     "MODEL.ATTN": ("auto", "reference", "sdpa", "triton", "native"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.models.swin_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.pretrained.convert import detect_format, format_and_prefix, from_original, swin_version, to_original
 from models.pretrained.key_maps import DERIVED, FORMATS
@@ -89,8 +90,10 @@ def test_any_format_through_any_other(one: str, other: str, version: int):
     between = from_original(original_form(first), FORMATS[other], window=4)
     assert format_and_prefix(between)[0] is FORMATS[other]
     back = from_original(original_form(between), FORMATS[one], window=4)
-    # torchvision's files must have buffers that the original's may have: those computed on the way stay.
-    assert_same_bits(learned(back) if one == "original" else back, first)
+    # torchvision's files must have buffers that the original's, and mmpretrain's of V2, may have: those computed on
+    # the way stay.
+    may_have = one == "original" or (one == "mmpretrain" and version == 2)
+    assert_same_bits(learned(back) if may_have else back, first)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -162,6 +165,105 @@ def test_key_bias_of_torchvision_has_no_effect_and_is_kept():
     torch.testing.assert_close(logits_of(ours, images), logits_of(theirs, images), atol=1e-5, rtol=0)
     theirs = case_of("timm", 2).theirs()
     theirs.load_state_dict(from_original(original, FORMATS["timm"]), strict=True)
+
+
+# mmpretrain and mmdetection ------------------------------------------------------------------------------------------
+
+
+def four_stages(version: int, num_classes: int = 7) -> Case:
+    return Case("timm", version, 8, (1, 1, 2, 1), (1, 2, 4, 8), img_size=128, num_classes=num_classes)
+
+
+def unfolded(x: Tensor) -> Tensor:
+    """Merges patches as mmcv's PatchMerging does. (B, H, W, C) to (B, H/2, W/2, 4 C)."""
+    B, H, W, _ = x.shape
+    patches = F.unfold(x.permute(0, 3, 1, 2), kernel_size=2, stride=2)
+    return patches.transpose(1, 2).reshape(B, H // 2, W // 2, -1)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_patches_merged_by_unfolding_give_the_same(version: int):
+    ours = spread(four_stages(version).ours())
+    theirs = from_original(ours.state_dict(), FORMATS["mmpretrain"])
+    x = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    merging = ours.get_submodule("layers.0.downsample")
+    prefix = f"backbone.stages.{version - 1}.downsample."  # V2 merges at the start of the next stage
+    reduction, weight, bias = (theirs[prefix + name] for name in ("reduction.weight", "norm.weight", "norm.bias"))
+    with torch.no_grad():
+        if version == 1:
+            merged = F.linear(F.layer_norm(unfolded(x), (32,), weight, bias), reduction)
+        else:
+            merged = F.layer_norm(F.linear(unfolded(x), reduction), (16,), weight, bias)
+        torch.testing.assert_close(merging(x), merged, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_names_of_mmpretrain(version: int):
+    """The names in the files that OpenMMLab publishes, with their prefix and classifier."""
+    theirs = from_original(four_stages(version).ours().state_dict(), FORMATS["mmpretrain"])
+    attention = ["qkv.weight", "proj.weight", "proj.bias"] + (
+        ["qkv.bias", "relative_position_bias_table", "relative_position_index"]
+        if version == 1
+        else ["q_bias", "v_bias", "logit_scale", "cpb_mlp.0.weight", "cpb_mlp.0.bias", "cpb_mlp.2.weight"]
+    )
+    block = [f"attn.w_msa.{name}" for name in attention]
+    for layer in ("norm1", "norm2", "ffn.layers.0.0", "ffn.layers.1"):
+        block += [f"{layer}.weight", f"{layer}.bias"]
+    expected = {
+        f"backbone.stages.{i}.blocks.{j}.{n}" for i, d in enumerate((1, 1, 2, 1)) for j in range(d) for n in block
+    }
+    for i in range(3):
+        merging = f"backbone.stages.{i + version - 1}.downsample."
+        expected |= {merging + name for name in ("reduction.weight", "norm.weight", "norm.bias")}
+    for layer in ("backbone.patch_embed.projection", "backbone.patch_embed.norm", "backbone.norm3", "head.fc"):
+        expected |= {f"{layer}.weight", f"{layer}.bias"}
+    assert set(theirs) == expected
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_weights_of_mmpretrain_are_loaded_and_come_back(version: int):
+    case = four_stages(version)
+    ours = spread(case.ours())
+    theirs = from_original(ours.state_dict(), FORMATS["mmpretrain"])
+    model = case.ours()
+    report = load_weights(model, theirs)
+    assert report.format == "mmpretrain" and not report.initialised and not report.resized
+    assert_same_bits(dict(model.state_dict()), dict(ours.state_dict()))
+    assert_same_bits(from_original(original_form(theirs), FORMATS["mmpretrain"]), theirs)
+    # A file may contain V2's buffers, of which the original form keeps whatever they hold.
+    buffers = {f"backbone.stages.0.blocks.0.attn.w_msa.{name}": torch.ones(2, 2) for name in DERIVED[::2]}
+    again = from_original(original_form(theirs | buffers), FORMATS["mmpretrain"])
+    assert_same_bits(again, theirs | buffers)
+
+
+def test_merged_patches_of_another_shape_are_refused_by_name():
+    case = four_stages(1)
+    theirs = from_original(case.ours().state_dict(), FORMATS["mmpretrain"])
+    name = "backbone.stages.0.downsample.reduction.weight"
+    for other in (torch.tensor(1.0), torch.zeros(16, 30), torch.zeros(0)):
+        with pytest.raises(UserError, match="layers.0.downsample.reduction.weight"):
+            load_weights(case.ours(), theirs | {name: other})
+
+
+def test_relative_index_of_mmpretrain():
+    theirs = from_original(four_stages(1).ours().state_dict(), FORMATS["mmpretrain"])
+    offsets = (7 * torch.arange(4)[:, None] + torch.arange(4)).flatten()  # of a window of 4, whose table has rows of 7
+    expected = (offsets[:, None] + offsets).flip(1)
+    assert torch.equal(theirs["backbone.stages.0.blocks.0.attn.w_msa.relative_position_index"], expected)
+
+
+def test_a_backbone_of_mmdetection_and_one_without_prefix():
+    case = four_stages(1, num_classes=0)
+    ours = spread(case.ours())
+    theirs = from_original(ours.state_dict(), FORMATS["mmpretrain"])
+    assert "norm3.weight" in theirs
+    for prefix in ("", "backbone.", "module.backbone."):
+        named = {prefix + name: value for name, value in theirs.items()}
+        if prefix:
+            named["neck.bias"] = torch.zeros(3)
+        model = case.ours()
+        assert load_weights(model, named).format == "mmpretrain"
+        assert_same_bits(dict(model.state_dict()), dict(ours.state_dict()))
 
 
 # Detection -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import http.server
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ import torch
 from models.pretrained import download, registry
 from models.pretrained.download import resolve_weights
 from models.pretrained.registry import RELEASES, Release
-from utils.checkpoint.io import read_checkpoint
+from tests._origins import SMALL
+from utils.checkpoint.io import read_checkpoint, write_weights
 from utils.errors import UserError
 
 Web = tuple[str, Path]  # the URL of a file and its path on the server
@@ -241,3 +243,80 @@ def test_a_path_begins_at_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "w.pth").write_bytes(b"")
     assert resolve_weights("~/w.pth") == tmp_path / "w.pth"
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_stands_for_the_weights_in_it(tmp_path: Path, name: str):
+    write_weights(tmp_path / name, {"w": torch.ones(2)})
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "training_args.bin").write_bytes(b"")
+    for source in (str(tmp_path), f"{tmp_path}/"):
+        assert resolve_weights(source) == tmp_path / name
+    digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert resolve_weights(f"{tmp_path}#sha256={digest[:8]}") == tmp_path / name
+    with pytest.raises(UserError, match=f"{name}: SHA-256 is {digest}"):
+        resolve_weights(f"{tmp_path}#sha256=00000000")
+
+
+def test_transformers_and_its_shards(tmp_path: Path):
+    """save_pretrained with a limit on the size of a file writes an index and several files."""
+    case = next(case for case in SMALL if (case.origin, case.version) == ("hf", 1))
+    theirs: Any = case.theirs()
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.save_pretrained(tmp_path / "parts", max_shard_size="100KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    index = resolve_weights(str(tmp_path / "parts"))
+    assert index.name == "model.safetensors.index.json"
+    whole, parts = (read_checkpoint(resolve_weights(str(tmp_path / name))) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    next((tmp_path / "parts").glob("*00001*.safetensors")).unlink()
+    with pytest.raises(UserError, match="index.json: model-00001.*is missing"):
+        read_checkpoint(index)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a readable index"),
+        ("[" * 100_000, "not a readable index"),
+        ("[]", "not a readable index"),
+        ('{"weight_map": 3}', "not a readable index"),
+        ('{"weight_map": {"w": 3}}', "names 3, which is no file next to it"),
+        ('{"weight_map": {"w": ["a"]}}', "not a readable index"),
+        ('{"weight_map": {"w": "../secret.bin"}}', "names '../secret.bin'"),
+        ('{"weight_map": {"w": "/secret.bin"}}', "names '/secret.bin'"),
+        ('{"weight_map": {"w": ".."}}', ".. is missing"),
+        ('{"weight_map": {"v": "a.safetensors"}}', "v: in none of the files a.safetensors"),
+    ],
+)
+def test_indices_that_lie_are_refused(tmp_path: Path, text: str, message: str):
+    write_weights(tmp_path / "a.safetensors", {"w": torch.ones(2)})
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_checkpoint(path)
+
+
+def test_a_folder_without_weights_names_the_file_to_give(tmp_path: Path):
+    with pytest.raises(UserError, match=f"{tmp_path}: is a folder without model.safetensors .*Name the file to read$"):
+        resolve_weights(str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({}, tmp_path / "checkpoints" / "best.pth")
+    with pytest.raises(UserError, match=f"such as {tmp_path}/checkpoints/best.pth"):
+        resolve_weights(str(tmp_path))
+
+
+def test_a_released_name_wins_over_a_folder_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    name = "swin_tiny_patch4_window7_224"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    (tmp_path / name).mkdir()
+    cached = tmp_path / "hub" / "hub" / "checkpoints" / f"{name}.pth"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"weights")
+    assert resolve_weights(name) == cached
+    write_weights(tmp_path / name / "model.safetensors", {"w": torch.ones(2)})
+    assert resolve_weights(name) == Path(name, "model.safetensors")

@@ -3,12 +3,14 @@
 import hashlib
 
 import pytest
+import timm
 import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.pretrained.load import LoadReport, imagenet_22k_rows, load_weights
+from models.timm_model import build_timm_model
 from tests._swin import small, spread
 from utils.errors import UserError
 
@@ -207,3 +209,57 @@ def test_report_as_a_table():
         "initialised     1",
         "    d (left)",
     ]
+
+
+# Several classifiers -------------------------------------------------------------------------------------------------
+
+SEVERAL = {  # of timm, with the names of their classifiers
+    "deit_tiny_distilled_patch16_224": ("head", "head_dist"),
+    "levit_128s": ("head.linear", "head_dist.linear"),
+    "efficientvim_m1": ("heads.0", "heads.1", "heads.2", "heads.3"),
+    "volo_d1_224": ("head", "aux_head"),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_every_classifier_starts_from_zeros_for_other_classes(name: str):
+    given = {key: value.clone() for key, value in timm.create_model(name, num_classes=10).state_dict().items()}
+    heads = [f"{head}.{kind}" for head in SEVERAL[name] for kind in ("weight", "bias")]
+    assert set(heads) <= given.keys()
+    model = build_timm_model(name, 4, 224)
+    report = load_weights(model, given)
+    assert [entry.split()[0] for entry in report.initialised] == heads
+    assert all("other classes: starts from zeros" in entry for entry in report.initialised)
+    weights = model.state_dict()
+    assert not any(weights[head].any() for head in heads)
+    assert all(torch.equal(value, given[key]) for key, value in weights.items() if key not in heads)
+
+
+def test_several_classifiers_for_the_same_classes_are_loaded():
+    name = "deit_tiny_distilled_patch16_224"
+    given = spread(timm.create_model(name, num_classes=4)).state_dict()
+    model = build_timm_model(name, 4, 224)
+    report = load_weights(model, given)
+    assert not report.initialised and all(torch.equal(value, given[key]) for key, value in model.state_dict().items())
+    with pytest.raises(UserError, match="head_dist.weight comes without head_dist.bias"):
+        load_weights(model, {key: value for key, value in given.items() if key != "head_dist.bias"})
+    other = load_weights(model, given, ["a", "b", "c", "d"], trained_on=["e", "f", "g", "h"])
+    assert len(other.initialised) == 4 and not model.get_parameter("head_dist.weight").any()
+
+
+def test_a_classifier_without_bias():
+    model, given = nn.ModuleDict({"head": nn.Linear(3, 2, bias=False)}), {"head.weight": torch.ones(2, 3)}
+    assert load_weights(model, given).loaded == ["head.weight"]
+    with pytest.raises(UserError, match="head.bias is not in the model"):
+        load_weights(model, given | {"head.bias": torch.ones(2)})
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_wrappers_around_any_model_are_removed(prefix: str):
+    given = spread(timm.create_model("resnet10t", num_classes=3)).state_dict()
+    model = build_timm_model("resnet10t", 3, 64)
+    report = load_weights(model, {prefix + name: value for name, value in given.items()})
+    assert len(report.loaded) == len(given)
+    assert all(torch.equal(value, given[name]) for name, value in model.state_dict().items())
+    with pytest.raises(UserError, match="other.conv1.0.weight is not in the model"):
+        load_weights(model, {"other." + name: value for name, value in given.items()})

@@ -10,8 +10,9 @@ import torch
 
 from tests._tiny import run_main, write_images, write_recipe
 from utils.checkpoint import digest
-from utils.checkpoint.io import extract_state_dict, read_checkpoint
+from utils.checkpoint.io import read_checkpoint
 from utils.checkpoint.schema import class_names_in, validate_checkpoint
+from utils.checkpoint.weights import extract_weights
 from utils.errors import UserError
 
 CONTENTS = {"model": {"w": torch.arange(5000.0), "b": torch.ones(3)}, "state": {"images_seen": 4096}, "text": "x" * 100}
@@ -90,7 +91,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def test_validate_checkpoint_accepts_a_real_run(run: dict):
     validate_checkpoint(run, "last.pth")
-    assert class_names_in(run, "last.pth") == ["blue", "green"] and extract_state_dict(run, "last.pth")
+    assert class_names_in(run, "last.pth") == ["blue", "green"] and extract_weights(run, "last.pth").state_dict
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,7 @@ def test_validate_checkpoint_accepts_a_real_run(run: dict):
         ("train_data", "x", "train_data missing"),
         ("train_data.num_images", 0, "train_data.num_images missing"),
         ("train_data.dataset_digest", None, "train_data.dataset_digest missing"),
+        ("state.better_weights", "x", "state.better_weights missing"),
         ("state.end_epoch", 0, "state.end_epoch missing"),
         ("state.epoch_sums.loss", "x", "state.epoch_sums.loss missing"),
     ],

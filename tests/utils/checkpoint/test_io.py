@@ -9,7 +9,8 @@ import pytest
 import torch
 from yacs.config import CfgNode
 
-from utils.checkpoint.io import CheckpointFolder, extract_state_dict, not_finite, read_checkpoint
+from utils.checkpoint.io import CheckpointFolder, not_finite, read_checkpoint
+from utils.checkpoint.weights import extract_weights
 from utils.errors import UserError
 
 
@@ -33,7 +34,7 @@ def test_read_checkpoint_turns_files_of_the_original_code_into_plain_data(tmp_pa
     read = read_checkpoint(str(path))
     assert read["config"] == {"MODEL": {"NAME": "swin"}, "BASE": [""]}
     assert not isinstance(read["config"], CfgNode)
-    assert torch.equal(extract_state_dict(read, "file")["head.bias"], torch.ones(3))
+    assert torch.equal(extract_weights(read, "file").state_dict["head.bias"], torch.ones(3))
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
@@ -91,14 +92,6 @@ def test_read_checkpoint_refuses_missing_files_and_other_contents(tmp_path: Path
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds a list"):
         read_checkpoint(str(tmp_path / "list.pth"))
-    with pytest.raises(UserError, match="no weights found; its entries are epoch"):
-        extract_state_dict({"epoch": 3}, "file")
-
-
-def test_extract_state_dict_with_and_without_a_key():
-    weights = {"head.bias": torch.ones(2), "not a tensor": 3}
-    for contents in ({"model": weights, "epoch": 1}, {"state_dict": weights}, weights):
-        assert list(extract_state_dict(contents, "file")) == ["head.bias"]
 
 
 def test_checkpoint_folder_names_prunes_and_finds_the_newest(tmp_path: Path):

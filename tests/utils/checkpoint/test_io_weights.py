@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.checkpoint.io import extract_state_dict, read_checkpoint, write_weights
+from utils.checkpoint.io import read_checkpoint, write_weights
+from utils.checkpoint.weights import extract_weights
 from utils.errors import UserError
 from utils.files import TEMPORARY
 
@@ -16,7 +17,7 @@ def test_safetensors_are_detected_by_name_or_contents(tmp_path: Path):
     write_weights(tmp_path / "w.safetensors", weights)
     (tmp_path / "renamed.pth").write_bytes((tmp_path / "w.safetensors").read_bytes())
     for name in ("w.safetensors", "renamed.pth"):
-        read = extract_state_dict(read_checkpoint(str(tmp_path / name)), name)
+        read = extract_weights(read_checkpoint(tmp_path / name), name).state_dict
         assert read.keys() == weights.keys() and all(torch.equal(read[key], weights[key]) for key in weights)
     header = (tmp_path / "w.safetensors").read_bytes()
     assert json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"] == {"format": "pt"}
