@@ -87,11 +87,12 @@ class OpenedImage:
 
 def _jpeg_size(source: bytes) -> tuple[int, int] | None:
     """Width and height of a JPEG, from its header; None if the native decoder does not support it."""
+    limit = Image.MAX_IMAGE_PIXELS
     if isinstance(source, TiledJpeg):
-        return source.size
+        width, height = source.size
+        return None if limit is not None and width * height > limit else (width, height)
     size = (ctypes.c_int * 2)()
     status = library().swin_jpeg_size(source, ctypes.c_long(len(source)), size)
-    limit = Image.MAX_IMAGE_PIXELS
     if status == UNSUPPORTED or limit is not None and size[0] * size[1] > limit:
         return None
     if status == CHECK_WITH_PILLOW:
