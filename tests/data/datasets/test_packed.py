@@ -266,7 +266,6 @@ def change_index(path, **changes) -> None:
         ({"shard": np.full(12, 2**31 - 1, np.int32)}, "00001.pack is missing"),
         ({"size": np.full(12, 2**31 - 1, np.int32)}, "00000.pack has .* and should have"),
     ],
-    ids=str,
 )
 def test_an_index_by_a_stranger_is_refused(copy, changes, reason):
     change_index(copy / "train" / INDEX, **changes)

@@ -73,7 +73,6 @@ def test_passes_opcheck(cosine: bool):
         ({"window": 33}, "windows of 33"),
         ({"shift_w": -1}, "shifted by 0 and -1"),
     ],
-    ids=str,
 )
 def test_arguments_that_do_not_fit_are_refused(changes: dict, problem: str):
     """The C++ code trusts shapes: it would read or write past the end of a tensor."""
