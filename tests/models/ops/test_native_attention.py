@@ -97,16 +97,17 @@ def test_without_memory_for_a_thread_it_raises():
     """In a child whose memory is limited after a first call has loaded everything."""
 
     def call() -> int:
-        def attend_once(window: int) -> None:
-            qkv, bias = torch.zeros(1, window, window, 3, 1, 16), torch.zeros(1, window**2, window**2)
-            native_attention.attend(qkv, bias, None, 1.0, window, 0, 0)
+        def prepare(window: int, head_dim: int) -> tuple:
+            qkv, bias = torch.zeros(1, window, window, 3, 1, head_dim), torch.zeros(1, window**2, window**2)
+            return qkv, bias, None, 1.0, window, 0, 0
 
         torch.set_num_threads(1)
-        attend_once(4)
+        native_attention.attend(*prepare(4, 16))
+        large = prepare(32, 2048)  # 75 MB for the thread; bias and result have 12 MB
         pages = int(open("/proc/self/statm").read().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (14 << 20), resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (40 << 20), resource.RLIM_INFINITY))
         with pytest.raises(MemoryError, match="not enough memory for the buffers of a thread"):
-            attend_once(32)  # 8 MB of bias, then 17 MB for the thread
+            native_attention.attend(*large)
         return 0
 
     outcome = forked(call)
