@@ -118,7 +118,7 @@ def _class_names(head: dict[str, object]) -> list[str] | None:
 
 def _check_rows(index: Index, num_classes: int) -> None:
     """Raises ValueError unless each image has a path, a label of a class, and a position that a file can have."""
-    if any(len(values) != len(index) for values in (index.paths, *index.columns.values())):
+    if {len(index.paths), *map(len, index.columns.values())} != {len(index)}:
         raise ValueError("its columns differ in length")
     if len(index) == 0:
         raise ValueError("it lists no images")

@@ -123,7 +123,7 @@ def pack_ops(ops: Sequence[OpRecord]) -> bytes:
 
 
 def _apply_native(pixels: np.ndarray, ops: list[OpRecord]) -> np.ndarray:
-    pixels = np.require(pixels, requirements="CW")
+    pixels = np.require(pixels, requirements=["C", "W"])
     at, height, width = image_address(pixels)
     if height * width > MAX_PIXELS:
         raise ValueError(f"an image of {width} × {height} pixels is too large to augment natively")

@@ -52,7 +52,7 @@ ARRAYS: dict[str, Callable[[np.ndarray, random.Random], np.ndarray]] = {
     "zeros": lambda values, rng: np.zeros_like(values),
 }
 
-HEADS = [
+HEADS: list[object] = [
     None, True, 0, -1, 1, 3, 10**9, 10**30, 0.5, float("nan"), float("inf"), "", "2", [], [1, 2], ["a"], {},
     ["blue", "blue"], ["blue", None], ["x" * 100_000, "\x1b[31m"], [[]], {"size": [[]]}, {"bad": 5},
 ]  # fmt: skip

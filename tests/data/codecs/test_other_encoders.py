@@ -16,7 +16,7 @@ __all__ = ["decoded_natively"]  # a fixture
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), needs_decoder, pytest.mark.filterwarnings("ignore")]
 
 SIZES = [(100, 80), (33, 47), (129, 140), (8, 9), (200, 17)]
-MUTATIONS = 400  # of each file
+MUTATIONS = 150  # of each file
 
 
 def _is_mozjpeg(program: str) -> bool:

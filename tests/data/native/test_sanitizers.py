@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def compile_programs(sources: Path, folder: Path) -> Path:
 
 def write_jpegs(folder: Path) -> list[Path]:
     """Writes small JPEGs of every kind that the decoder supports."""
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {"subsampling": 0}, {"subsampling": 1, "quality": 95}, {"subsampling": 2, "quality": 30},
         {"subsampling": 2, "optimize": True}, {"restart_marker_blocks": 1}, {"restart_marker_blocks": 3},
         {"restart_marker_rows": 1}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0"}, {"grey": True},
