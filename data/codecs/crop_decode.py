@@ -18,7 +18,7 @@ from PIL import Image
 
 from data.codecs.pillow_decode import FORMATS, BadImage, decode
 from data.codecs.tiled_jpeg import TiledJpeg
-from data.native.library import library
+from data.native.library import address, image_address, library
 from utils.compile_native import CannotBuild
 
 Source = bytes | np.ndarray | Image.Image  # an encoded image, (H, W, 3) uint8, or an image opened by some library
@@ -87,11 +87,12 @@ class OpenedImage:
 
 def _jpeg_size(source: bytes) -> tuple[int, int] | None:
     """Width and height of a JPEG, from its header; None if the native decoder does not support it."""
+    limit = Image.MAX_IMAGE_PIXELS
     if isinstance(source, TiledJpeg):
-        return source.size
+        width, height = source.size
+        return None if limit is not None and width * height > limit else (width, height)
     size = (ctypes.c_int * 2)()
     status = library().swin_jpeg_size(source, ctypes.c_long(len(source)), size)
-    limit = Image.MAX_IMAGE_PIXELS
     if status == UNSUPPORTED or limit is not None and size[0] * size[1] > limit:
         return None
     if status == CHECK_WITH_PILLOW:
@@ -114,26 +115,24 @@ def _crop_resize_jpeg(
             return None
         width, height = part_size
         params = params.moved_to(left, top)
-    out = _output(params) if out is None else out
-    status = library().swin_jpeg_resize(
-        source, ctypes.c_long(len(source)), width, height, ctypes.byref(params), ctypes.c_void_p(out.ctypes.data)
-    )
+    out, to = _output(params, out)
+    status = library().swin_jpeg_resize(source, ctypes.c_long(len(source)), width, height, ctypes.byref(params), to)
     return out if status == OK else None
 
 
 def _crop_resize_array(pixels: np.ndarray, params: CropResizeParams, out: np.ndarray | None) -> np.ndarray:
-    height, width, _ = pixels.shape
     pixels = np.ascontiguousarray(pixels)
-    out = _output(params) if out is None else out
-    status = library().swin_resize(
-        ctypes.c_void_p(pixels.ctypes.data), ctypes.c_long(3 * width), width, height, ctypes.byref(params),
-        ctypes.c_void_p(out.ctypes.data),
-    )  # fmt: skip
+    from_, height, width = image_address(pixels)
+    out, to = _output(params, out)
+    status = library().swin_resize(from_, ctypes.c_long(3 * width), width, height, ctypes.byref(params), to)
     return out if status == OK else crop_resize_with_pillow(Image.fromarray(pixels), params)
 
 
-def _output(params: CropResizeParams) -> np.ndarray:
-    return np.empty((params.window_height, params.window_width, 3), np.uint8)
+def _output(params: CropResizeParams, out: np.ndarray | None) -> tuple[np.ndarray, ctypes.c_void_p]:
+    """`out`, or memory for the result if it is None, and its address. Raises ValueError if `out` does not fit."""
+    shape = params.window_height, params.window_width, 3
+    out = np.empty(shape, np.uint8) if out is None else out
+    return out, address(out, shape, np.uint8)
 
 
 def crop_resize_with_pillow(image: Image.Image, params: CropResizeParams) -> np.ndarray:

@@ -23,16 +23,39 @@ _SOI, _APP9, _SOF0, _SOS, _EOI = b"\xff\xd8", b"\xff\xe9", 0xC0, 0xDA, 0xD9
 # markers, length, identifier; width, height, blocks in a tile, offsets of the frame header and of the tiles
 _HEADER = struct.Struct(f">2s2sH{len(_IDENTIFIER)}sHHHHI")
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
-_MAX_TILES = (0xFFFF - (_HEADER.size - 4)) // 2
+_MAX_BYTES_BEFORE_FRAME = 0xFFFF - _HEADER.size  # with the table, whose own length has two bytes as well
 
 
 class TiledJpeg(bytes):
-    """The bytes of a file written by `encode`."""
+    """The bytes of a file written by `encode`. Those of a stranger are made by `checked`."""
 
     @staticmethod
     def recognises(content: bytes) -> bool:
         start = _HEADER.size - struct.calcsize(">HHHHI") - len(_IDENTIFIER)
         return content[start : start + len(_IDENTIFIER)] == _IDENTIFIER
+
+    @classmethod
+    def checked(cls, content: bytes) -> "TiledJpeg":
+        """Returns `content`, which `recognises` accepts. Raises ValueError when header, table and image disagree."""
+        if len(content) < _HEADER.size:
+            raise ValueError("its header is cut off")
+        _, _, length, _, width, height, blocks, frame, scan = _HEADER.unpack_from(content)
+        if not width or not height or not blocks:
+            raise ValueError(f"its size is {width} × {height} pixels, in tiles of {blocks} blocks")
+        tiles = -(-width // (blocks * BLOCK)) * -(-height // BLOCK)
+        if length != _HEADER.size - 4 + 2 * tiles:
+            raise ValueError(f"the table has {length} bytes, and there are {tiles} tiles")
+        if _frame_and_scan(content) != (frame, scan):
+            raise ValueError("the image begins elsewhere")
+        # precision, height, width, number of components; then id, sampling factors and table of each
+        if content[frame + 4 : frame + 10] != struct.pack(">BHHB", 8, height, width, 3):
+            raise ValueError(f"the image is not one of {width} × {height} pixels and three colours")
+        if content[frame + 11 : frame + 18 : 3] != b"\x22\x11\x11":
+            raise ValueError("the colours are not sampled 4:2:0")
+        lengths = np.frombuffer(content, "<u2", tiles, _HEADER.size)
+        if int(lengths.sum(dtype=np.int64)) + 2 * tiles != len(content) - scan:
+            raise ValueError("the tiles are not as long as the table says")
+        return cls(content)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -89,7 +112,7 @@ def encode(image: Image.Image, quality: int) -> bytes:
     frame, scan = _frame_and_scan(encoded)
     ends = np.array([found.start() for found in _RESTART.finditer(encoded, scan)] + [len(encoded) - 2])
     lengths = np.diff(ends, prepend=scan - 2) - 2
-    if len(lengths) > _MAX_TILES or lengths.max() > 0xFFFF:
+    if len(lengths) > (_MAX_BYTES_BEFORE_FRAME - frame) // 2 or lengths.max() > 0xFFFF:
         raise ValueError(f"an image of {image.width} × {image.height} pixels has too many tiles for the table")
     if len(lengths) != blocks // tile * -(-image.height // BLOCK):
         raise RuntimeError("Pillow did not write the requested restart markers")
@@ -103,12 +126,17 @@ def encode(image: Image.Image, quality: int) -> bytes:
 
 
 def _frame_and_scan(jpeg: bytes) -> tuple[int, int]:
-    """Offsets of the frame header (SOF0) and of the entropy-coded data in a baseline JPEG."""
+    """Offsets of the frame header (SOF0, -1 for none) and of the entropy-coded data in a baseline JPEG.
+
+    Raises:
+        ValueError: its segments are cut off.
+    """
     at, frame = len(_SOI), -1
-    while True:
+    while at + 4 <= len(jpeg):
         marker, length = jpeg[at + 1], int.from_bytes(jpeg[at + 2 : at + 4], "big")
         if marker == _SOF0:
             frame = at
-        at += 2 + length
+        at += 2 + max(length, 2)  # a length below 2, in a damaged file, does not lead back
         if marker == _SOS:
             return frame, at
+    raise ValueError("its header is cut off")

@@ -172,7 +172,12 @@ class ShardWriter:
             unfinished.unlink()
         parts: list[Pack] = []
         while self.part_path(len(parts)).is_file():
-            parts.append(Pack.load(self.part_path(len(parts))))
+            path = self.part_path(len(parts))
+            parts.append(Pack.load(path))
+            if not isinstance(parts[-1].settings.get("next"), int) or not isinstance(
+                parts[-1].settings.get("bad"), list
+            ):
+                raise UserError(f"{path} is damaged: it does not say where to continue. Remove {self.folder}.")
             saved = {key: value for key, value in parts[-1].settings.items() if key not in ("next", "bad")}
             if saved != self.settings:
                 changed = [key for key in self.settings if saved.get(key) != self.settings[key]]

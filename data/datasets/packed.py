@@ -8,6 +8,7 @@ CRC-32, its label and its original path, in numpy buffers, which are read once a
 import json
 import logging
 import os
+import re
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -27,7 +28,10 @@ log = logging.getLogger(__name__)
 FORMAT = 1  # raised when the contents of a pack change
 INDEX = "index.npz"
 LAYOUT = "{root}/train/index.npz and {root}/val/index.npz, each with its *.pack files"
+MAX_IMAGE_BYTES = 1 << 30
+MAX_CLASSES = 1_000_000  # a head for more would fill the memory before anything else is noticed
 _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int32, "crc": np.uint32}
+_SHARD_NAME = re.compile(r"([0-9]{5,})\.pack")
 
 
 @dataclass(frozen=True)
@@ -59,25 +63,69 @@ class Pack:
 
     @classmethod
     def load(cls, path: Path) -> "Pack":
-        """Reads an index file. Raises UserError when it is damaged or has another format, FileNotFoundError."""
+        """Reads an index file, whoever wrote it. Raises UserError when it is damaged or has another format,
+        FileNotFoundError."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
+                _refuse_compression(arrays.zip)
                 head = json.loads(arrays["head"].tobytes())
                 if head["format"] != FORMAT:
                     raise UserError(
                         f"{path} has pack format {head['format']}, and this program reads {FORMAT}. Pack the data "
                         "again: python -m tools.pack_dataset"
                     )
-                columns = {name: arrays[name].astype(dtype, copy=False) for name, dtype in _COLUMNS.items()}
-                index = Index(Strings(arrays["blob"], arrays["ends"]), arrays["labels"], head["class_names"], columns)
-                pack = cls(index, int(head["num_classes"]), dict(head["settings"]))
-        except FileNotFoundError:
+                blob, ends = _vector("blob", arrays["blob"], np.uint8), _vector("ends", arrays["ends"], np.int64)
+                labels = _vector("labels", arrays["labels"], np.int32)
+                columns = {name: _vector(name, arrays[name], dtype) for name, dtype in _COLUMNS.items()}
+            index = Index(Strings(blob, ends), labels, _class_names(head), columns)
+            pack = cls(index, int(head["num_classes"]), dict(head["settings"]))
+            _check_rows(index, pack.num_classes)
+        except (FileNotFoundError, UserError):
             raise
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is damaged ({error}). Copy it again, or pack the data again.") from error
-        if any(len(values) != len(index) for values in (index.paths, *columns.values())):
-            raise UserError(f"{path} is damaged: its columns differ in length. Copy it again, or pack the data again.")
+        except Exception as error:  # for hostile files, zipfile and numpy raise almost any exception
+            reason = str(error) or type(error).__name__
+            raise UserError(f"{path} is damaged ({reason}). Copy it again, or pack the data again.") from error
         return pack
+
+
+def _refuse_compression(archive: zipfile.ZipFile) -> None:
+    """The index is stored as it is, so it cannot expand to more memory than its file has."""
+    for member in archive.infolist():
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{member.filename} is compressed")
+
+
+def _vector(name: str, values: np.ndarray, dtype: type) -> np.ndarray:
+    """(n,) of `dtype`, which holds each of `values` exactly; none is negative. Raises ValueError."""
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise ValueError(f"{name} is not a list of whole numbers")
+    if len(values) and not 0 <= int(values.min()) <= int(values.max()) <= np.iinfo(dtype).max:
+        raise ValueError(f"{name} has numbers outside 0…{np.iinfo(dtype).max}")
+    return values.astype(dtype, copy=False)
+
+
+def _class_names(head: dict[str, object]) -> list[str] | None:
+    """The class names of an index, as many as it has classes. Raises ValueError."""
+    names, count = head["class_names"], head["num_classes"]
+    if type(count) is not int or not 1 <= count <= MAX_CLASSES:
+        raise ValueError(f"num_classes is {str(count)[:50]}, not a number in 1…{MAX_CLASSES}")
+    if names is None:
+        return None
+    if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names is not a list of {count} names")
+    return names
+
+
+def _check_rows(index: Index, num_classes: int) -> None:
+    """Raises ValueError unless each image has a path, a label of a class, and a position that a file can have."""
+    if {len(index.paths), *map(len, index.columns.values())} != {len(index)}:
+        raise ValueError("its columns differ in length")
+    if len(index) == 0:
+        raise ValueError("it lists no images")
+    if index.labels.max() >= num_classes:
+        raise ValueError(f"it has label {index.labels.max()}, and num_classes is {num_classes}")
+    if index.columns["offset"].max() > np.iinfo(np.int64).max - np.iinfo(np.int32).max:
+        raise ValueError("it has an offset beyond the end of any file")
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -88,11 +136,12 @@ class PackedImages:
     """The images of a packed split. Forked workers share the open shards, because each read gives its position."""
 
     def __init__(self, folder: Path, pack: Pack):
-        """Raises UserError when a shard is missing or has another size than in the index."""
+        """Raises UserError when a shard is missing, cannot be read, or has another size than in the index."""
         self.folder = folder
         self.index = pack.index
         self.class_names = pack.index.class_names
         self.num_classes = pack.num_classes
+        _refuse_missing_shards(folder, pack.index.columns["shard"])
         sizes = shard_sizes(pack.index.columns)
         for number, size in enumerate(sizes):
             path = shard_path(folder, number)
@@ -100,7 +149,13 @@ class PackedImages:
             if found != size:
                 problem = "is missing" if found is None else f"has {found:,} bytes and should have {size:,}"
                 raise UserError(f"{path} {problem}. Copy it again, or pack the data again into another folder.")
-        self._shards = _OpenShards(folder, len(sizes))
+        try:
+            self._shards = _OpenShards(folder, len(sizes))
+        except OSError as error:
+            raise UserError(
+                f"{folder}: {error}. Make its {len(sizes)} *.pack files readable, and allow as many open files "
+                "(ulimit -n)."
+            ) from error
 
     def __len__(self) -> int:
         return len(self.index)
@@ -111,13 +166,20 @@ class PackedImages:
     def read(self, i: int) -> tuple[bytes, int]:
         """The encoded image (a TiledJpeg if it has tiles) and its label. Raises BadImage when it is damaged."""
         shard, offset, size, crc = (int(self.index.columns[name][i]) for name in _COLUMNS)
+        if size > MAX_IMAGE_BYTES:
+            raise BadImage(self.path(i), f"damaged pack: the image has {size:,} bytes, more than 1 GiB")
         try:
             content = os.pread(self._shards[shard], size, offset)
         except OSError as error:
             raise BadImage(self.path(i), f"cannot be read: {error}") from error
         if len(content) != size or zlib.crc32(content) != crc:
             raise BadImage(self.path(i), "damaged pack: the size or CRC of the image is wrong")
-        return TiledJpeg(content) if TiledJpeg.recognises(content) else content, int(self.index.labels[i])
+        if TiledJpeg.recognises(content):
+            try:
+                content = TiledJpeg.checked(content)
+            except ValueError as error:
+                raise BadImage(self.path(i), f"damaged table of tiles: {error}") from error
+        return content, int(self.index.labels[i])
 
 
 class _OpenShards:
@@ -132,6 +194,20 @@ class _OpenShards:
 
     def __reduce__(self) -> tuple:
         return _OpenShards, self._arguments
+
+
+def _refuse_missing_shards(folder: Path, numbers: np.ndarray) -> None:
+    """Raises UserError unless `folder` has all shards from 0 to the last of `numbers`.
+
+    A number that no file has is found before anything of that size is allocated.
+    """
+    found = {int(match[1]) for name in os.listdir(folder) if (match := _SHARD_NAME.fullmatch(name))}
+    missing = next(number for number in range(len(found) + 1) if number not in found)
+    if missing <= int(numbers.max()):
+        raise UserError(
+            f"{shard_path(folder, missing)} is missing, and the index lists images in shards up to {numbers.max()}. "
+            "Copy it again, or pack the data again into another folder."
+        )
 
 
 def shard_sizes(columns: dict[str, np.ndarray]) -> list[int]:

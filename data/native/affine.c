@@ -48,7 +48,7 @@ static uint8_t exact(const AffineOp *t, double sx, double sy, int c) {
 
 void exact_pixel(const AffineOp *t, int x, int y) {
     double sx = source_x(t->a, x, y), sy = source_y(t->a, x, y);
-    if (sx < 0.0 || sx >= t->w || sy < 0.0 || sy >= t->h)
+    if (!(sx >= 0.0 && sx < t->w && sy >= 0.0 && sy < t->h)) /* also NaN */
         put_fill(t, x, y);
     else
         for (int c = 0; c < 3; c++)
@@ -267,7 +267,7 @@ static void nearest(const AffineOp *t) {
     for (int y = 0; y < t->h; y++, row_x += rounded[1], row_y += rounded[4]) {
         double at_x = row_x, at_y = row_y;
         for (int x = 0; x < t->w; x++, at_x += rounded[0], at_y += rounded[3])
-            if (at_x < 0.0 || at_x >= t->w * unit || at_y < 0.0 || at_y >= t->h * unit)
+            if (!(at_x >= 0.0 && at_x < t->w * unit && at_y >= 0.0 && at_y < t->h * unit)) /* also NaN */
                 put_fill(t, x, y);
             else
                 memcpy(pixel_of(t, x, y), t->in + 3 * ((size_t)(at_y / unit) * t->w + (size_t)(at_x / unit)), 3);

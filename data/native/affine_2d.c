@@ -54,12 +54,17 @@ static void row_weights(const float *restrict d, float *restrict t0, float *rest
         }
 }
 
-/* For the positions factor × (x + 1/2) + across + shift of a row, along one axis: `pixel` contains the position,
-   `before` is the last pixel whose centre is not after the position, and `d` is the distance from that centre. */
-static void source_positions(double factor, double across, double shift, int w, int32_t *restrict pixel,
+/* For the positions factor × (x + 1/2) + across + shift of a row, along an axis of `size` pixels: `pixel` contains the
+   position, `before` is the last pixel whose centre is not after the position, and `d` is the distance from that centre.
+   Positions outside the source, and NaN, become others outside that fit into 32 bits. */
+static void source_positions(double factor, double across, double shift, int w, int size, int32_t *restrict pixel,
                              int32_t *restrict before, float *restrict d) {
+    double lowest = -2.0, highest = size + 2.0;
     for (int x = 0; x < w; x++) {
-        double source = factor * (x + 0.5) + across + shift, from = source - 0.5, base = floor(from);
+        double source = factor * (x + 0.5) + across + shift;
+        source = source > lowest ? source : lowest;
+        source = source < highest ? source : highest;
+        double from = source - 0.5, base = floor(from);
         pixel[x] = (int32_t)floor(source);
         before[x] = (int32_t)base;
         d[x] = (float)(from - base);
@@ -71,9 +76,9 @@ static void row_taps(const AffineOp *t, int y, const RowTaps *p) {
     int w = t->w, h = t->h, stride = w + 2 * PAD;
     int32_t *restrict at = p->at, *restrict ix = p->positions, *restrict iy = ix + w, *restrict jx = iy + w,
             *restrict jy = jx + w;
-    source_positions(a[0], a[1] * (y + 0.5), a[2], w, ix, jx, p->d);
+    source_positions(a[0], a[1] * (y + 0.5), a[2], w, w, ix, jx, p->d);
     row_weights(p->d, p->x[0], p->x[1], p->x[2], p->x[3], w, t->bicubic);
-    source_positions(a[3], a[4] * (y + 0.5), a[5], w, iy, jy, p->d);
+    source_positions(a[3], a[4] * (y + 0.5), a[5], w, h, iy, jy, p->d);
     row_weights(p->d, p->y[0], p->y[1], p->y[2], p->y[3], w, t->bicubic);
     for (int x = 0; x < w; x++) {
         int inside = (ix[x] >= 0) & (ix[x] < w) & (iy[x] >= 0) & (iy[x] < h);

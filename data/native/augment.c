@@ -140,6 +140,7 @@ static void invert(uint8_t *p, size_t n) {
 }
 
 static void posterize(uint8_t *p, size_t n, int bits) {
+    bits = bits < 0 ? 0 : bits > 8 ? 8 : bits;
     uint8_t mask = (uint8_t)(0xFF00 >> bits);
     for (size_t k = 0; k < n; k++)
         p[k] &= mask;
@@ -148,7 +149,7 @@ static void posterize(uint8_t *p, size_t n, int bits) {
 static void solarize(uint8_t *p, size_t n, int threshold) {
     if (threshold > 255)
         return;
-    uint8_t from = (uint8_t)threshold;
+    uint8_t from = (uint8_t)(threshold < 0 ? 0 : threshold);
     for (size_t k = 0; k < n; k++)
         p[k] = p[k] < from ? p[k] : 255 - p[k];
 }
@@ -226,13 +227,28 @@ static int sharpness(const uint8_t *in, uint8_t *out, int h, int w, float alpha)
 
 /* ---------------------------------------------------------------------------------------------- exported functions */
 
+static int in_range(double value, double lowest, double highest) {
+    return value >= lowest && value <= highest; /* not for NaN */
+}
+
+/* Whether all numbers of a record fit into the types that they are converted to. A matrix may have any. */
+static int valid_op(const OpRecord *s) {
+    int valid = in_range(s->code, 0, AFFINE) && in_range(s->filter, 0, BICUBIC);
+    for (int c = 0; c < 3; c++)
+        valid &= in_range(s->fill[c], 0, 255);
+    return valid && (s->code == AFFINE || in_range(s->a[0], -1e6, 1e6)); /* times 255 it still fits into an int */
+}
+
 /* Applies `ops` to `image` in order. Some operations work in place, others write to the second buffer. Returns 0 if the
-   result is in `image`, 1 if it is in `other`, and -1 when out of memory (the image is then undefined). */
+   result is in `image`, 1 if it is in `other`. Otherwise the image is undefined: -1 when out of memory, -2 if an
+   operation is not valid. */
 int swin_augment(uint8_t *image, uint8_t *other, int h, int w, const OpRecord *ops, int count) {
     size_t pixels = (size_t)h * w, n = 3 * pixels;
     uint8_t *p = image, *spare = other;
     for (const OpRecord *s = ops; s < ops + count; s++) {
         int into_spare = 0, failed = 0;
+        if (!valid_op(s))
+            return -2;
         switch ((int)s->code) {
         case AUTO_CONTRAST: auto_contrast(p, pixels); break;
         case EQUALIZE: equalize(p, pixels); break;

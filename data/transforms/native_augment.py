@@ -10,7 +10,6 @@ The two parts can also be called separately: `ops = augment.sample(width, height
 """
 
 import copy
-import ctypes
 import math
 import random
 import struct
@@ -26,7 +25,7 @@ from timm.data import auto_augment as timm_ops
 from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from torchvision.transforms import ColorJitter
 
-from data.native.library import library
+from data.native.library import address, image_address, library
 from data.transforms.reference import posterize
 from utils.compat import resolve_timm_resampling
 
@@ -46,6 +45,8 @@ class Operation(IntEnum):
     SHARPNESS = 9
     AFFINE = 10
 
+
+MAX_PIXELS = 1 << 28  # four values of a pixel are counted with 32 bits; Pillow refuses images of this size
 
 # `enum filter` of native/augment.h.
 FILTERS = {Image.Resampling.NEAREST: 0, Image.Resampling.BILINEAR: 1, Image.Resampling.BICUBIC: 2}
@@ -122,12 +123,14 @@ def pack_ops(ops: Sequence[OpRecord]) -> bytes:
 
 
 def _apply_native(pixels: np.ndarray, ops: list[OpRecord]) -> np.ndarray:
-    height, width, _ = pixels.shape
-    pixels = np.ascontiguousarray(pixels)
+    pixels = np.require(pixels, requirements=["C", "W"])
+    at, height, width = image_address(pixels)
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"an image of {width} × {height} pixels is too large to augment natively")
     other = np.empty_like(pixels)
-    result = library().swin_augment(
-        ctypes.c_void_p(pixels.ctypes.data), ctypes.c_void_p(other.ctypes.data), height, width, pack_ops(ops), len(ops)
-    )
+    result = library().swin_augment(at, image_address(other)[0], height, width, pack_ops(ops), len(ops))
+    if result == -2:
+        raise ValueError(f"numbers that an operation cannot have: {ops}")
     if result < 0:
         raise MemoryError(f"not enough memory to augment an image of {width}×{height} pixels")
     return other if result else pixels
@@ -146,17 +149,15 @@ class Normalise:
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         values = torch.arange(256).to(torch.float32).div(255)
         means, stds = (torch.tensor(tuple(each), dtype=torch.float32)[:, None] for each in (mean, std))
-        self.table = (values - means).div(stds).contiguous()  # (3, 256)
+        self.table = (values - means).div(stds).contiguous().numpy()  # (3, 256)
 
     def __call__(self, pixels: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
         """(H, W, 3) uint8 → (3, H, W) float32, written to `out` (contiguous) if it is given."""
-        height, width, _ = pixels.shape
         pixels = np.ascontiguousarray(pixels)
+        at, height, width = image_address(pixels)
         out = torch.empty((3, height, width)) if out is None else out
-        library().swin_normalise(
-            ctypes.c_void_p(pixels.ctypes.data), ctypes.c_void_p(out.data_ptr()), height, width,
-            ctypes.c_void_p(self.table.data_ptr()),
-        )  # fmt: skip
+        to, table = address(out.numpy(), (3, height, width), np.float32), address(self.table, (3, 256), np.float32)
+        library().swin_normalise(at, to, height, width, table)
         return out
 
 

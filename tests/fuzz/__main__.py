@@ -1,4 +1,4 @@
-"""Feeds bad input to main.py: `python -m tests.fuzz images|configs|trees|checkpoints [--count N] [--seed S]`.
+"""Feeds bad input to main.py: `python -m tests.fuzz images|configs|trees|packs|checkpoints [--count N] [--seed S]`.
 
 Prints the number of passed cases by kind, the seed, the minutes, and each failure. The exit code is 1 after a failure.
 """
@@ -13,7 +13,7 @@ import importlib  # noqa: E402
 import sys  # noqa: E402
 
 # Cases for the figures in docs/reports/FAULTS.md, and for the short form in the tests.
-COUNTS = {"images": (1000, 100), "configs": (300, 10), "trees": (100, 10), "checkpoints": (200, 12)}
+COUNTS = {"images": (1000, 100), "configs": (300, 10), "trees": (100, 10), "packs": (300, 12), "checkpoints": (200, 12)}
 
 
 def main() -> int:

@@ -24,6 +24,6 @@ def test_fuzz_in_short_form():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kind", ["images", "configs", "trees", "checkpoints"])
+@pytest.mark.parametrize("kind", ["images", "configs", "trees", "packs", "checkpoints"])
 def test_fuzz_in_full(kind: str):
     fuzz(kind, "--seed", "3")

@@ -114,3 +114,66 @@ def test_a_failed_build_keeps_no_objects_of_its_callers_alive(cache, tmp_path, m
         call(local)
     del local
     assert reference() is None
+
+
+def compiler_that_refuses(folder: Path, *flags: str) -> Path:
+    """A compiler that is the system's, except that it fails with one of `flags`, and writes down all its arguments."""
+    script = folder / "picky"
+    cases = "".join(f'  *" {flag} "*) echo "picky: error: {flag} is not supported" >&2; exit 1;;\n' for flag in flags)
+    script.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\ncase " $* " in\n{cases}esac\nexec cc "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("flags", "attempts"),
+    [(["-march=native"], 2), (["-march=native", "-D_FORTIFY_SOURCE=2"], 3), (["-fstack-protector-strong"], 3)],
+)
+def test_a_compiler_that_refuses_flags_is_asked_again_without(cache, tmp_path, monkeypatch, flags, attempts):
+    monkeypatch.setenv("CC", str(compiler_that_refuses(tmp_path, *flags)))
+    part = library(source(tmp_path / "part", "int one(void) { return 1; }"))
+    assert part.load().one() == 1
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 2 + attempts and not any(flag in calls[-1] for flag in flags)  # after two of --version
+    compile_native._load.cache_clear()
+    part.load()
+    assert len((tmp_path / "calls").read_text().splitlines()) == len(calls) + 1  # --version: it is cached
+
+
+@needs_compiler
+def test_if_one_compiler_fails_the_next_one_is_tried(cache, tmp_path, monkeypatch):
+    """Such as clang without the headers or libraries that GCC has."""
+    monkeypatch.delenv("CC", raising=False)
+    broken = tmp_path / "clang"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exec echo clang version 1\necho "no headers" >&2; exit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert compile_native._compilers("c")[0] == str(broken)
+    assert library(source(tmp_path / "part", "int one(void) { return 1; }")).load().one() == 1
+
+
+@needs_compiler
+def test_an_access_beyond_an_array_ends_the_process(cache, tmp_path):
+    folder = source(tmp_path / "part", "static int a[4]; int get(int i) { return a[i]; }")
+    program = f"""
+from pathlib import Path
+from utils.compile_native import NativeLibrary
+library = NativeLibrary("a part", Path({str(folder)!r}), "c", ("-O2",)).load()
+assert library.get(3) == 0
+library.get(4)
+"""
+    environment = {"XDG_CACHE_HOME": str(cache.parent), "PATH": os.environ["PATH"], "PYTHONPATH": "."}
+    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode < 0
+
+
+@pytest.mark.skipif(not (shutil.which("clang") and shutil.which("clang++")), reason="no clang here")
+@pytest.mark.parametrize(("language", "name"), [("c", "one.c"), ("c++", "one.cpp")])
+def test_clang_takes_the_flags(cache, tmp_path, monkeypatch, language, name):
+    monkeypatch.setenv("CC", "clang")
+    monkeypatch.setenv("CXX", "clang++")
+    linkage = 'extern "C" ' if language == "c++" else ""
+    part = library(source(tmp_path / "part", f"{linkage}int one(void) {{ return 1; }}", name), language)
+    command = part._commands("clang")[0]
+    compile_native._run([*command, str(part.folder / name), "-o", os.devnull])
+    assert part.load().one() == 1

@@ -83,21 +83,12 @@ void matmul(long M, long columns, const float* a, long row_stride, long k_stride
 void transpose(const float* from, long width, float* to, long NP) {
   for (long t = 0; t < NP; t += 16)
     for (long w = 0; w < width; w += 16) {
-      vec x[16], y[16];
+      vec x[16];
       for (int r = 0; r < 16; r++) x[r] = load(from + (t + r) * width + w);
-#pragma GCC unroll 4
-      for (int half = 8; half; half /= 2) {  // exchanges the blocks off the diagonal, then within each block
-        ivec low, high;
-        for (int i = 0; i < 16; i++) {
-          low[i] = i & half ? 16 + i - half : i;
-          high[i] = i & half ? 16 + i : i + half;
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < 16; r++)
-          y[r] = r & half ? __builtin_shuffle(x[r - half], x[r], high) : __builtin_shuffle(x[r], x[r + half], low);
-#pragma GCC unroll 16
-        for (int r = 0; r < 16; r++) x[r] = y[r];
-      }
+      exchange_blocks<8>(x);
+      exchange_blocks<4>(x);
+      exchange_blocks<2>(x);
+      exchange_blocks<1>(x);
       for (int r = 0; r < 16; r++) store(to + (w + r) * NP + t, x[r]);
     }
 }
@@ -115,6 +106,9 @@ struct Workspace {
     long N = s.N(), NP = s.NP(), tokens = NP * s.d, matrix = NP * NP;
     long size = 7 * tokens + 4 * matrix + 2 * NP;
     memory = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+    position = static_cast<long*>(std::malloc(N * sizeof(long)));
+    region = static_cast<int*>(std::malloc(N * sizeof(int)));
+    if (!allocated()) return;
     std::memset(memory, 0, size * sizeof(float));  // tokens beyond N stay zero
     float* next = memory;
     auto take = [&](long n) { float* buffer = next; next += n; return buffer; };
@@ -122,9 +116,8 @@ struct Workspace {
     transposed = take(tokens), packed_tokens = take(tokens), out = take(tokens);
     probs = take(matrix), grad_scores = take(matrix), mask = take(matrix), packed_matrix = take(matrix);
     query_scale = take(NP), key_scale = take(NP);
-    position = static_cast<long*>(std::malloc(N * sizeof(long)));
-    region = static_cast<int*>(std::malloc(N * sizeof(int)));
   }
+  bool allocated() const { return memory && position && region; }
   ~Workspace() { std::free(memory), std::free(position), std::free(region); }
 
   // Computes positions and mask of a window. Regions are those of region_ids in models/ops/window.py: per axis, 1 for
@@ -209,13 +202,16 @@ void probabilities(Workspace& ws, const T* qkv, long head, const float* bias, fl
 }
 
 template <typename Pack, typename T>
-void forward(const Shape& s, const T* qkv, const float* bias, const float* scales, bool cosine, T* out, int threads) {
+int forward(const Shape& s, const T* qkv, const float* bias, const float* scales, bool cosine, T* out, int threads) {
   long N = s.N(), NP = s.NP(), d = s.d;
-#pragma omp parallel num_threads(threads)
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     Workspace ws(s);
+    failed = !ws.allocated();
 #pragma omp for schedule(static)
     for (long w = 0; w < s.num_windows(); w++) {
+      if (failed) continue;
       ws.set_window(w);
       for (long h = 0; h < s.num_heads; h++) {
         probabilities<Pack>(ws, qkv, h, bias + h * N * NP, scales[h], cosine);
@@ -226,6 +222,7 @@ void forward(const Shape& s, const T* qkv, const float* bias, const float* scale
       }
     }
   }
+  return failed;
 }
 
 // Backward pass of the softmax: ws.grad_scores holds grad_probs and becomes probs ∘ (grad_probs − Σ probs ∘ grad_probs).
@@ -287,39 +284,43 @@ void backward_head(Workspace& ws, const T* qkv, const float* bias, float scale, 
 }
 
 template <typename Pack, typename T>
-void backward(const Shape& s, const T* qkv, const float* bias, const float* scales, bool cosine, const T* grad_out,
+int backward(const Shape& s, const T* qkv, const float* bias, const float* scales, bool cosine, const T* grad_out,
               T* grad_qkv, float* grad_bias, float* grad_scales, long splits, int threads) {
   long matrix = s.N() * s.NP(), windows = s.num_windows();
-#pragma omp parallel num_threads(threads)
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     Workspace ws(s);
+    failed = !ws.allocated();
 #pragma omp for schedule(dynamic, 1)
     for (long split = 0; split < splits; split++)  // each has its own sums: the order of additions never changes
-      for (long w = windows * split / splits; w < windows * (split + 1) / splits; w++) {
+      for (long w = windows * split / splits; !failed && w < windows * (split + 1) / splits; w++) {
         ws.set_window(w);
         for (long h = 0; h < s.num_heads; h++)
           backward_head<Pack>(ws, qkv, bias + h * matrix, scales[h], cosine, grad_out, grad_qkv,
                               grad_bias + (split * s.num_heads + h) * matrix, grad_scales + split * s.num_heads + h, h);
       }
   }
+  return failed;
 }
 
 }  // namespace
 
+// Both return 0, or 1 when out of memory.
 extern "C" {
 
-void window_attention_forward(const Shape* s, int is_bf16, const void* qkv, const float* bias, const float* scales,
-                              int cosine, void* out, int threads) {
+int window_attention_forward(const Shape* s, int is_bf16, const void* qkv, const float* bias, const float* scales,
+                             int cosine, void* out, int threads) {
   if (!is_bf16) return forward<PackF32>(*s, (const float*)qkv, bias, scales, cosine, (float*)out, threads);
 #ifdef __AVX512BF16__
   if (s->d % 32 == 0) return forward<PackBf16>(*s, (const bf16*)qkv, bias, scales, cosine, (bf16*)out, threads);
 #endif
-  forward<PackF32>(*s, (const bf16*)qkv, bias, scales, cosine, (bf16*)out, threads);
+  return forward<PackF32>(*s, (const bf16*)qkv, bias, scales, cosine, (bf16*)out, threads);
 }
 
-void window_attention_backward(const Shape* s, int is_bf16, const void* qkv, const float* bias, const float* scales,
-                               int cosine, const void* grad_out, void* grad_qkv, float* grad_bias, float* grad_scales,
-                               long splits, int threads) {
+int window_attention_backward(const Shape* s, int is_bf16, const void* qkv, const float* bias, const float* scales,
+                              int cosine, const void* grad_out, void* grad_qkv, float* grad_bias, float* grad_scales,
+                              long splits, int threads) {
   if (!is_bf16)
     return backward<PackF32>(*s, (const float*)qkv, bias, scales, cosine, (const float*)grad_out, (float*)grad_qkv,
                              grad_bias, grad_scales, splits, threads);
@@ -328,7 +329,7 @@ void window_attention_backward(const Shape* s, int is_bf16, const void* qkv, con
     return backward<PackBf16>(*s, (const bf16*)qkv, bias, scales, cosine, (const bf16*)grad_out, (bf16*)grad_qkv,
                               grad_bias, grad_scales, splits, threads);
 #endif
-  backward<PackF32>(*s, (const bf16*)qkv, bias, scales, cosine, (const bf16*)grad_out, (bf16*)grad_qkv, grad_bias,
-                    grad_scales, splits, threads);
+  return backward<PackF32>(*s, (const bf16*)qkv, bias, scales, cosine, (const bf16*)grad_out, (bf16*)grad_qkv,
+                           grad_bias, grad_scales, splits, threads);
 }
 }

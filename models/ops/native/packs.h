@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -33,6 +34,30 @@ inline void store(bf16* p, vec x) {
   *reinterpret_cast<hvec*>(p) = __builtin_convertvector(round_to_bf16(x) >> 16, hvec);
 }
 inline vec max(vec a, vec b) { return a > b ? a : b; }
+// Lanes of the vectors a and b: lane order[i] of both together is lane i of the result.
+template <int... order>
+inline vec shuffle(vec a, vec b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, order...);
+#else
+  return __builtin_shuffle(a, b, ivec{order...});
+#endif
+}
+// Divides 16 rows of 16 lanes into blocks of half × half, and exchanges each pair of blocks off a diagonal.
+template <int half, int... i>
+inline void exchange_blocks(vec x[16], std::integer_sequence<int, i...>) {
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; r++) {
+    if (r & half) continue;
+    vec above = x[r], below = x[r + half];
+    x[r] = shuffle<(i & half ? 16 + i - half : i)...>(above, below);
+    x[r + half] = shuffle<(i & half ? 16 + i : i + half)...>(above, below);
+  }
+}
+template <int half>
+inline void exchange_blocks(vec x[16]) {
+  exchange_blocks<half>(x, std::make_integer_sequence<int, 16>());
+}
 inline float horizontal_sum(vec x) {
   float lanes[16], sum = 0;
   store(lanes, x);

@@ -271,11 +271,23 @@ def test_params_outside_the_image_are_refused():
         )  # fmt: skip
         assert status == crop_decode.UNSUPPORTED
         if has_jpeg_decoder():
-            assert crop_decode._crop_resize_jpeg(source, (40, 36), params, out) is None
+            assert crop_decode._crop_resize_jpeg(source, (40, 36), params, None) is None
     assert (
-        not has_jpeg_decoder() or crop_decode._crop_resize_jpeg(source, (41, 36), CropResizeParams(*good), out) is None
+        not has_jpeg_decoder() or crop_decode._crop_resize_jpeg(source, (41, 36), CropResizeParams(*good), None) is None
     )
     assert not out.any()
+
+
+@needs_library
+def test_results_that_do_not_fit_are_refused():
+    """The C code trusts shapes: a smaller buffer would be written past its end."""
+    params = CropResizeParams(1, 2, 30, 20, 10, 9, 0, 0, 10, 9, 1, 0)
+    wrong = [np.empty((10, 9, 3), np.uint8), np.empty((9, 10, 3), np.int16), np.empty((9, 20, 3), np.uint8)[:, ::2]]
+    for source in (encode(draw(0)), encode(draw(0), "PNG"), np.asarray(draw(0))):
+        for out in wrong:
+            with pytest.raises(ValueError, match="the native library needs a contiguous array of uint8"):
+                OpenedImage(source, "x").crop_resize(params, out)
+        OpenedImage(source, "x").crop_resize(params, np.empty((9, 10, 3), np.uint8))
 
 
 @pytest.fixture

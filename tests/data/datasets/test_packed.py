@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.build import TrainBatches, build_datasets, val_batches
+from data.codecs.crop_decode import OpenedImage
 from data.codecs.pillow_decode import BadImage
 from data.codecs.tiled_jpeg import TiledJpeg, encode
 from data.datasets.packed import INDEX, Pack, open_packed
@@ -75,8 +77,9 @@ def test_only_own_jpegs_are_recognised():
 
 
 def test_an_image_with_too_many_tiles_is_refused():
-    with pytest.raises(ValueError, match="too many tiles"):
-        encode(Image.new("RGB", (31 * 16, 16 * 1100)), 90)
+    for height in (1100, 1055):  # more than the table may have; then the frame header begins too late
+        with pytest.raises(ValueError, match="too many tiles"):
+            encode(Image.new("RGB", (31 * 16, 16 * height)), 90)
 
 
 # Packs ---------------------------------------------------------------------------------------------------------------
@@ -220,3 +223,123 @@ def test_the_index_contains_no_pickle(copy):
         head = json.loads(arrays["head"].tobytes())
     assert head["class_names"] == ["ant", "bee"] and head["settings"]["size"] == 160
     assert len(Pack.load(index).index) == 12
+
+
+# Data by a stranger --------------------------------------------------------------------------------------------------
+
+
+def change_index(path, **changes) -> None:
+    """Writes the index again with other arrays; those of the head are entries of its JSON."""
+    with np.load(path) as arrays:
+        contents = dict(arrays)
+    head = json.loads(contents["head"].tobytes())
+    head |= {key: changes.pop(key) for key in list(changes) if key in head}
+    contents["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
+    np.savez(path, **(contents | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"labels": np.array(0)}, "labels is not a list of whole numbers"),
+        ({"labels": np.full(12, np.nan)}, "labels is not a list of whole numbers"),
+        ({"labels": np.zeros((12, 1), np.int32)}, "labels is not a list of whole numbers"),
+        ({"labels": np.full(12, 2, np.int32)}, "label 2, and num_classes is 2"),
+        ({"labels": np.full(12, -1, np.int32)}, "labels has numbers outside 0"),
+        ({"labels": np.full(12, 2**40)}, "labels has numbers outside 0"),
+        ({"shard": np.full(12, -1, np.int32)}, "shard has numbers outside 0"),
+        ({"shard": np.array(["0"] * 12)}, "shard is not a list of whole numbers"),
+        ({"offset": np.full(12, -1)}, "offset has numbers outside 0"),
+        ({"offset": np.full(12, 2**63 - 1)}, "an offset beyond the end of any file"),
+        ({"size": np.full(12, 2**31)}, "size has numbers outside 0"),
+        ({"size": np.zeros(11, np.int32)}, "its columns differ in length"),
+        ({"crc": np.full(12, 2**32)}, "crc has numbers outside 0"),
+        ({"ends": np.array(5)}, "ends is not a list of whole numbers"),
+        ({"ends": np.arange(12)[::-1].copy()}, "the ends of the strings do not match"),
+        ({"blob": np.zeros(3, "S1")}, "blob is not a list of whole numbers"),
+        ({"num_classes": 10**12}, "num_classes is 1000000000000, not a number in 1"),
+        ({"num_classes": float("inf")}, "num_classes is inf"),
+        ({"num_classes": True}, "num_classes is True"),
+        ({"class_names": ["ant"]}, "class_names is not a list of 2 names"),
+        ({"class_names": [1, 2]}, "class_names is not a list of 2 names"),
+        ({"settings": 5}, "is damaged"),
+        ({"shard": np.full(12, 2**31 - 1, np.int32)}, "00001.pack is missing"),
+        ({"size": np.full(12, 2**31 - 1, np.int32)}, "00000.pack has .* and should have"),
+    ],
+)
+def test_an_index_by_a_stranger_is_refused(copy, changes, reason):
+    change_index(copy / "train" / INDEX, **changes)
+    with pytest.raises(UserError, match=f"train.*{reason}"):
+        open_packed(copy, "train")
+
+
+def test_an_index_without_images_is_refused(copy):
+    empty = {name: np.zeros(0, np.int32) for name in ("labels", "shard", "offset", "size", "crc", "ends", "blob")}
+    change_index(copy / "train" / INDEX, **empty)
+    with pytest.raises(UserError, match="it lists no images"):
+        open_packed(copy, "train")
+
+
+def test_an_index_is_not_expanded(copy):
+    """It is stored as it is. A compressed one of a megabyte could become a gigabyte."""
+    with np.load(copy / "train" / INDEX) as arrays:
+        contents = dict(arrays)
+    np.savez_compressed(copy / "train" / INDEX, **contents)
+    with pytest.raises(UserError, match=r"npy is compressed\)"):
+        open_packed(copy, "train")
+
+
+def test_a_shard_that_cannot_be_opened_is_named(copy, monkeypatch):
+    monkeypatch.setattr("data.datasets.packed._OpenShards", lambda *_: open("/nowhere/00000.pack"))
+    with pytest.raises(UserError, match="/nowhere/00000.pack.*ulimit"):
+        open_packed(copy, "train")
+
+
+def rewrite_header(jpeg: bytes, at: int, new: bytes) -> bytes:
+    """The JPEG with other bytes: at 15 width, 17 height, 19 blocks in a tile, 21 frame, 23 tiles, 27 their lengths."""
+    return jpeg[:at] + new + jpeg[at + len(new) :]
+
+
+JPEG = encode(grainy(0, (16, 16)), 90)
+UNSOUND = {
+    "width 0": rewrite_header(JPEG, 15, b"\0\0"),
+    "height 0": rewrite_header(JPEG, 17, b"\0\0"),
+    "no blocks in a tile": rewrite_header(JPEG, 19, b"\0\0"),
+    "another width": rewrite_header(JPEG, 15, b"\0\x0f"),
+    "a width of more tiles": rewrite_header(JPEG, 15, b"\x03\xe7"),
+    "frame elsewhere": rewrite_header(JPEG, 21, b"\xff\xff"),
+    "tiles elsewhere": rewrite_header(JPEG, 23, b"\xff\xff\xff\xff"),
+    "another length of a tile": rewrite_header(JPEG, 27, b"\0\0"),
+    "a table of another length": JPEG[:4] + b"\0\x1e" + JPEG[6:],
+    "header cut off": JPEG[:20],
+    "cut off": JPEG[:-5],
+    "grey": JPEG.replace(b"\x08\0\x10\0\x10\x03", b"\x08\0\x10\0\x10\x01"),
+    "other sampling": JPEG.replace(b"\x03\x01\x22", b"\x03\x01\x11"),
+}
+
+
+@pytest.mark.parametrize("content", UNSOUND.values(), ids=UNSOUND)
+def test_an_unsound_table_of_tiles_is_a_bad_image(copy, content):
+    """With a right CRC: the file is as a stranger wrote it."""
+    assert content != JPEG and TiledJpeg.recognises(content)
+    (copy / "val" / "00000.pack").write_bytes(content)
+    columns = {"offset": [0], "size": [len(content)], "crc": [zlib.crc32(content)], "shard": [0], "labels": [0]}
+    change_index(
+        copy / "val" / INDEX, **{name: np.array(values) for name, values in columns.items()},
+        blob=np.frombuffer(b"a.jpg", np.uint8), ends=np.array([5]),
+    )  # fmt: skip
+    with pytest.raises(BadImage, match="00000.pack:a.jpg: damaged table of tiles: "):
+        open_packed(copy, "val").read(0)
+
+
+def test_tiled_bombs_are_left_to_pillow(monkeypatch):
+    """Pillow refuses them, or warns; the header of the tiles must not get around that."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadImage, match="decompression bomb"):
+        OpenedImage(TiledJpeg.checked(encode(grainy(0, (40, 30)), 90)), "x")
+
+
+def test_the_index_of_an_unfinished_pack_is_checked(copy, original):
+    (copy / "train" / INDEX).rename(copy / "train" / "00000.npz")
+    with pytest.raises(UserError, match="00000.npz is damaged: it does not say where to continue"):
+        pack_dataset.pack(pack_dataset.PackOptions(copy, str(original), size=160))

@@ -245,3 +245,72 @@ def test_normalising(size: tuple[int, int]):
         batch = torch.full((3, 3, *size), 7.0)
         Normalise(mean, std)(image, batch[1])
         assert torch.equal(batch[1], want) and (batch[0] == 7).all() and (batch[2] == 7).all()
+
+
+@pytest.mark.parametrize("filter", FILTERS.values())
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e300, 3e9])
+def test_positions_that_are_no_number_or_too_large_are_outside(filter: dict, bad: float):
+    """Such a matrix once read out of bounds, or converted a double that does not fit into an integer."""
+    image = make_images([(19, 23)])[0]
+    if "interpolation" not in filter:
+        return
+    for element in range(6):
+        matrix = [1.0, 0.25, 2.0, 0.125, 1.0, 3.0]
+        matrix[element] = bad
+        op = OpRecord(Operation.AFFINE, native_augment.FILTERS[filter["interpolation"]], FILL, tuple(matrix))
+        assert (NativeAugment(AutoAugment([])).apply(image.copy(), [op]) == FILL).all()
+
+
+@pytest.mark.parametrize("bits", range(-9, 10))
+def test_posterize_with_any_number_of_bits(bits: int):
+    """RandAugment with MMAX above 10 asks for less than 0."""
+    image = make_images([(9, 8)])[0]
+    recorder = native_augment.OpRecorder(8, 9)
+    native_augment.RECORDERS[timm_ops.posterize](recorder, bits)
+    got = NativeAugment(AutoAugment([])).apply(image.copy(), recorder.ops)
+    assert np.array_equal(got, np.asarray(timm_ops.posterize(Image.fromarray(image), bits)))
+
+
+@pytest.mark.parametrize("threshold", [-512, -100, -1, 0, 1, 128, 255, 256, 600])
+def test_solarize_with_any_threshold(threshold: int):
+    image = make_images([(9, 8)])[0]
+    got = NativeAugment(AutoAugment([])).apply(image.copy(), [OpRecord(Operation.SOLARIZE, a=(threshold, *[0.0] * 5))])
+    assert np.array_equal(got, np.asarray(timm_ops.solarize(Image.fromarray(image), threshold)))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        OpRecord(Operation.POSTERIZE, a=(float("nan"), *[0.0] * 5)),
+        OpRecord(Operation.COLOR, a=(1e30, *[0.0] * 5)),
+        OpRecord(Operation.AFFINE, fill=(0, 256, 0)),
+        OpRecord(Operation.AFFINE, filter=3),
+        OpRecord(99),
+    ],
+)
+def test_numbers_that_no_operation_has_are_refused(op: OpRecord):
+    with pytest.raises(ValueError, match="numbers that an operation cannot have"):
+        NativeAugment(AutoAugment([])).apply(np.zeros((4, 4, 3), np.uint8), [op])
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros(3, np.uint8)]
+)
+def test_arrays_that_are_no_images_are_refused(pixels: np.ndarray):
+    native, normalise = NativeAugment(AutoAugment([])), Normalise([0.5] * 3, [0.5] * 3)
+    for call in (lambda: native.apply(pixels, [OpRecord(Operation.INVERT)]), lambda: normalise(pixels)):
+        with pytest.raises(ValueError, match="needs a contiguous array of uint8"):
+            call()
+
+
+def test_a_result_that_does_not_fit_is_refused():
+    normalise, pixels = Normalise([0.5] * 3, [0.5] * 3), np.zeros((4, 5, 3), np.uint8)
+    for out in (torch.empty(3, 5, 4), torch.empty(3, 4, 5, dtype=torch.float64), torch.empty(3, 5, 4).transpose(1, 2)):
+        with pytest.raises(ValueError, match="needs a contiguous array of float32"):
+            normalise(pixels, out)
+
+
+def test_a_read_only_image_stays_as_it_is():
+    pixels = np.frombuffer(bytes(48), np.uint8).reshape(4, 4, 3)
+    inverted = NativeAugment(AutoAugment([])).apply(pixels, [OpRecord(Operation.INVERT)])
+    assert inverted.min() == 255 and not pixels.any()

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import resource
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from models.ops import dispatch as ops
 from models.ops import native_attention
 from models.ops.spec import AttentionSpec
 from tests._attention import AttentionCase, assert_matches_definition, output_and_gradients
+from tests._forked import forked
 from tests._swin import assert_same_gradients, logits_and_gradients, small, spread
 from tests._swin_v2 import small_v2, spread_v2
 from utils import compile_native as building
@@ -55,6 +57,61 @@ def test_passes_opcheck(cosine: bool):
     qkv, bias = torch.randn(1, 6, 5, 3, 2, 16, requires_grad=True), torch.randn(2, 9, 9, requires_grad=True)
     scales = torch.rand(2, requires_grad=True) if cosine else None
     torch.library.opcheck(torch.ops.swin.native_attention.default, (qkv, bias, scales, 0.3, 3, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"qkv": torch.zeros(1, 6, 6, 3, 2, 24)}, "qkv is torch.float32"),
+        ({"qkv": torch.zeros(1, 6, 6, 2, 2, 16)}, "qkv is torch.float32"),
+        ({"qkv": torch.zeros(1, 6, 6, 3, 2, 16, dtype=torch.float64)}, "qkv is torch.float64"),
+        ({"bias": torch.zeros(1, 9, 9)}, r"bias is torch.float32 \(1, 9, 9\)"),
+        ({"bias": torch.zeros(2, 9, 4)}, r"bias is torch.float32 \(2, 9, 4\)"),
+        ({"bias": torch.zeros(2, 9, 9, dtype=torch.float64)}, "bias is torch.float64"),
+        ({"head_scales": torch.zeros(3)}, r"head_scales is torch.float32 \(3,\)"),
+        ({"window": 0}, "windows of 0"),
+        ({"window": 33}, "windows of 33"),
+        ({"shift_w": -1}, "shifted by 0 and -1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changes: dict, problem: str):
+    """The C++ code trusts shapes: it would read or write past the end of a tensor."""
+    arguments = {
+        "qkv": torch.zeros(1, 6, 6, 3, 2, 16), "bias": torch.zeros(2, 9, 9), "head_scales": None, "scale": 1.0,
+        "window": 3, "shift_h": 0, "shift_w": 0,
+    } | changes  # fmt: skip
+    with pytest.raises(ValueError, match=problem):
+        native_attention.attend(**arguments)
+    with pytest.raises(ValueError, match=problem):
+        native_attention.attend_backward(grad_out=torch.zeros(1, 6, 6, 32), **arguments)
+
+
+def test_a_gradient_that_does_not_fit_is_refused():
+    qkv, bias = torch.zeros(1, 6, 6, 3, 2, 16), torch.zeros(2, 9, 9)
+    for grad_out in (torch.zeros(1, 6, 6, 16), torch.zeros(1, 6, 6, 32, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="grad_out is"):
+            native_attention.attend_backward(grad_out, qkv, bias, None, 1.0, 3, 0, 0)
+
+
+def test_without_memory_for_a_thread_it_raises():
+    """In a child whose memory is limited after a first call has loaded everything."""
+
+    def call() -> int:
+        def prepare(window: int, head_dim: int) -> tuple:
+            qkv, bias = torch.zeros(1, window, window, 3, 1, head_dim), torch.zeros(1, window**2, window**2)
+            return qkv, bias, None, 1.0, window, 0, 0
+
+        torch.set_num_threads(1)
+        native_attention.attend(*prepare(4, 16))
+        large = prepare(32, 2048)  # 75 MB for the thread; bias and result have 12 MB
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (40 << 20), resource.RLIM_INFINITY))
+        with pytest.raises(MemoryError, match="not enough memory for the buffers of a thread"):
+            native_attention.attend(*large)
+        return 0
+
+    outcome = forked(call)
+    assert outcome.code == 0, outcome.output
 
 
 def test_large_scores():
