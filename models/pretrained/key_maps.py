@@ -20,8 +20,10 @@ from torch import Tensor
 INDEX, MASK, COORDINATES, KEY_BIAS = "relative_position_index", "attn_mask", "relative_coords_table", "k_bias"
 DERIVED = (INDEX, MASK, COORDINATES, KEY_BIAS)
 
-# Converts the tensors of one rule, in its order; None for an optional one that is absent. A conversion says by its own
-# type whether its rule has optional ones.
+Tensors = list[Tensor]  # the tensors of one rule, in its order
+
+# Converts the tensors of one rule; None for an optional one that is absent. A conversion says by its own type whether
+# there are optional ones.
 Conversion = Callable[[list[Any]], Sequence[Tensor | None]]
 
 # Stage numbers in patterns: the number written for stage i is factor * i + offset.
@@ -109,33 +111,33 @@ def _renames(*pairs: tuple[str, str], version: int = 0) -> tuple[Rule, ...]:
     return tuple(Rule((ours,), (theirs,), version=version) for ours, theirs in pairs)
 
 
-def _join_qkv(parts: list[Tensor]) -> list[Tensor]:
+def _join_qkv(parts: Tensors) -> Tensors:
     return [torch.cat(parts)]
 
 
-def _split_qkv(joined: list[Tensor]) -> list[Tensor]:
+def _split_qkv(joined: Tensors) -> Tensors:
     return list(joined[0].chunk(3))
 
 
-def _split_qkv_bias(joined: list[Tensor]) -> list[Tensor | None]:
+def _split_qkv_bias(joined: Tensors) -> list[Tensor | None]:
     """Biases of queries, keys and values. A key bias of zeros, as in a new model, is omitted."""
     queries, keys, values = _split_qkv(joined)
     return [queries, keys if keys.any() else None, values]
 
 
-def _join_qkv_bias(parts: list[Tensor | None]) -> list[Tensor]:
+def _join_qkv_bias(parts: list[Tensor | None]) -> Tensors:
     """The inverse, but a new model's bias gets its zeros back."""
     known = next(part for part in parts if part is not None)
     return [torch.cat([torch.zeros_like(known) if part is None else part for part in parts])]
 
 
-def _to_square(flat: list[Tensor]) -> list[Tensor]:
+def _to_square(flat: Tensors) -> Tensors:
     """(N * N,) to (N, N)."""
     side = math.isqrt(flat[0].numel())
     return [flat[0].reshape(side, side)]
 
 
-def _flatten(square: list[Tensor]) -> list[Tensor]:
+def _flatten(square: Tensors) -> Tensors:
     return [square[0].flatten()]
 
 
