@@ -200,6 +200,11 @@ def validate_combinations(config: CfgNode, describe: Callable[[str], str]) -> It
         yield f"{describe('EVAL_MODE')} and {describe('THROUGHPUT_MODE')} are exclusive: omit --eval or --throughput."
     if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
         yield f"{describe('EVAL_MODE')} needs weights to evaluate: add --resume FILE or --pretrained FILE."
+    if config.MODEL.PRETRAINED_EMA == "ema" and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
+        yield (
+            f"{describe('MODEL.PRETRAINED_EMA')} takes averaged weights from a file: add --pretrained FILE. To average "
+            "the weights of this run: --opts TRAIN.EMA_DECAY 0.9999."
+        )
 
 
 def _validate_architecture(config: CfgNode, section: str, describe: Callable[[str], str]) -> Iterator[str]:
