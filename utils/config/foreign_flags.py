@@ -39,7 +39,6 @@ FOREIGN_FLAGS = {
     "--grad-checkpointing": "--use-checkpoint",
     "--model-ema": "TRAIN.EMA_DECAY 0.9999",
     "--model-ema-decay": "TRAIN.EMA_DECAY",
-    "--ema": "TRAIN.EMA_DECAY 0.9999",
     "--ema-decay": "TRAIN.EMA_DECAY",
     "--amp": "AMP_ENABLE True",
     "--amp-dtype": "AMP_DTYPE",
