@@ -6,23 +6,19 @@ transforming are separate, so that a decoder can be chosen without touching a da
 
 import hashlib
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from data.codecs.pillow_decode import BadImage
 from data.datasets.folder import index_folder
 from data.datasets.index import Index, cached
 from data.datasets.map_file import class_names_from_paths, read_map
+from data.datasets.read_file import read_file
 from data.datasets.zip_archive import ZipImages, index_zip
 from utils.config.rules import IMAGENET_22K_CLASSES
 from utils.errors import UserError
-
-MAX_FILE_BYTES = 1 << 30
 
 LAYOUT_FOLDER = "{root}/train/<class>/<image>.jpg and {root}/val/<class>/<image>.jpg"
 LAYOUT_ZIP = "{root}/train.zip, train_map.txt, val.zip, val_map.txt (maps: lines `path<TAB>label`)"
@@ -46,11 +42,6 @@ class Images(Protocol):
         """Image `i`, encoded or opened, and its label. Raises BadImage."""
 
 
-def _open_nonblocking(path: str, flags: int) -> int:
-    """Opens a named pipe without waiting for a writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 class FolderImages:
     """The image files below `root` that `index` lists."""
 
@@ -67,14 +58,7 @@ class FolderImages:
         return f"{self.root}/{self.index.paths[i]}"
 
     def read(self, i: int) -> tuple[bytes, int]:
-        try:
-            with open(self.path(i), "rb", opener=_open_nonblocking) as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
-                    raise BadImage(self.path(i), "is not a file, or is larger than 1 GiB")
-                return file.read(), int(self.index.labels[i])
-        except (OSError, ValueError) as error:
-            raise BadImage(self.path(i), f"cannot be read: {error}") from error
+        return read_file(self.path(i)), int(self.index.labels[i])
 
 
 def dataset_digest(images: Images) -> str:

@@ -10,6 +10,7 @@ import torch.utils.data
 from PIL import Image
 
 from data.codecs.pillow_decode import BadImage
+from data.datasets.read_file import read_at_most, read_file
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -72,15 +73,10 @@ def open_timm(name: str, root: Path, is_training: bool) -> TimmImages:
         ) from error
     # The default loader of torchvision's folders clips 16-bit images, so they are read here and decoded by our codecs.
     if hasattr(dataset, "loader"):
-        dataset.loader = _read_file
+        dataset.loader = read_file
     # timm's ImageDataset replaces an undecodable image by the next one without a word; its reader does not.
     reader = getattr(dataset, "reader", None)
-    return TimmImages(name, dataset if reader is None else _EncodedImages(reader), _class_names(name, dataset))
-
-
-def _read_file(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
+    return TimmImages(name, dataset if reader is None else _EncodedImages(name, reader), _class_names(name, dataset))
 
 
 class _Reader(Protocol):
@@ -94,7 +90,8 @@ class _Reader(Protocol):
 class _EncodedImages(torch.utils.data.Dataset):
     """The images of a timm reader as (encoded bytes, label)."""
 
-    def __init__(self, reader: _Reader):
+    def __init__(self, name: str, reader: _Reader):
+        self.name = name
         self.reader = reader
 
     def __len__(self) -> int:
@@ -103,7 +100,7 @@ class _EncodedImages(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[bytes, int]:
         file, label = self.reader[i]
         with file:
-            return file.read(), label
+            return read_at_most(file, f"{self.name}, sample {i}"), label
 
 
 def _create(name: str, root: Path, splits: tuple[str, ...]) -> _MapStyle:

@@ -19,6 +19,7 @@ import numpy as np
 from data.codecs.pillow_decode import BadImage
 from data.datasets.index import Index
 from data.datasets.map_file import class_names_from_paths, read_map
+from data.datasets.read_file import check_size
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -119,8 +120,13 @@ class ZipImages:
         return f"{self.archive}:{self.index.paths[i]}"
 
     def read(self, i: int) -> tuple[bytes, int]:
-        """The encoded image and its label. Raises BadImage when the archive is damaged there (the CRC is checked)."""
+        """The encoded image and its label.
+
+        Raises:
+            BadImage: it is larger than 1 GiB, or the archive is damaged there (the CRC is checked).
+        """
         columns = {name: int(column[i]) for name, column in self.index.columns.items()}
+        check_size(max(columns["size"], columns["compressed"]), self.path(i))
         try:
             header = self._bytes(columns["offset"], _LOCAL_HEADER.size)
             signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
