@@ -10,8 +10,15 @@ import numpy as np
 from PIL import Image
 
 # The format is found from the content, not from the file name: ImageNet has a PNG named .JPEG. Pillow supports more
-# formats, but some of them start other programs to decode (EPS runs Ghostscript), which training images do not need.
-FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+# formats, but some of them start other programs to decode (EPS runs Ghostscript), and some have no signature (TGA), so
+# that damaged files of another format pass as images.
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")
+
+# The endings of files in these formats, in lower case. Other files in a folder of images are left out and counted.
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".pbm", ".pgm", ".ppm", ".pnm", ".tif", ".tiff",
+    ".webp", ".gif", ".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
+)  # fmt: skip
 
 
 class BadImage(Exception):

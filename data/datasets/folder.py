@@ -3,17 +3,17 @@
 import logging
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from data.codecs.pillow_decode import EXTENSIONS
 from data.datasets.index import Index, Strings
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 def index_folder(root: Path) -> tuple[Index, list[Path]]:
@@ -44,16 +44,29 @@ def index_folder(root: Path) -> tuple[Index, list[Path]]:
                 )
 
     strings = Strings.pack(paths())
-    if walk.ignored:
-        log.warning(
-            "%s: %d files do not have the extension of an image and are ignored, e.g. %s",
-            root,
-            walk.ignored,
-            walk.example,
-        )
+    warn_about_ignored(str(root), walk.ignored)
     if walk.hidden:
         log.warning("%s: %d hidden files or folders (names that begin with a dot) are ignored", root, walk.hidden)
     return Index(strings, np.array(labels, np.int32), names), walk.visited
+
+
+def ending(path: str) -> str:
+    """The ending of a file's name, in lower case and with its dot; "" for none."""
+    return os.path.splitext(path)[1].lower()
+
+
+def warn_about_ignored(root: str, counts: Counter[str]) -> None:
+    """Warns about the files that are not images: how many have which ending, the most frequent ones first."""
+    if not counts:
+        return
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count} {ending or 'without an ending'}" for ending, count in ordered[:20]]
+    shown += [f"{len(counts) - len(shown)} more endings"] if len(counts) > len(shown) else []
+    total = counts.total()
+    log.warning(
+        "%s: %d %s not read as images: %s. Images end in %s",
+        root, total, "file is" if total == 1 else "files are", ", ".join(shown), " ".join(EXTENSIONS),
+    )  # fmt: skip
 
 
 class _Walk:
@@ -61,9 +74,8 @@ class _Walk:
 
     def __init__(self, root: Path):
         self.visited = [root]
-        self.ignored = 0
+        self.ignored: Counter[str] = Counter()  # number of files by ending
         self.hidden = 0
-        self.example = ""
 
     def below(self, directory: Path, ancestors: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, list[str]]]:
         """(directory, names of the images in it) for `directory` and all below it; links are followed.
@@ -82,11 +94,12 @@ class _Walk:
                     self.hidden += 1
                 elif entry.is_dir():
                     folders.append(entry.name)
-                elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+                elif ending(entry.name) not in EXTENSIONS:
+                    self.ignored[ending(entry.name)] += 1
+                elif entry.is_file():
                     files.append(entry.name)
                 else:
-                    self.ignored += 1
-                    self.example = entry.path
+                    self.ignored[f"{ending(entry.name)} (a broken link, a pipe or a device)"] += 1
         yield str(directory), files
         for folder in folders:
             yield from self.below(directory / folder, (*ancestors, identity))

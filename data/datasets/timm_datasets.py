@@ -1,6 +1,7 @@
 """Data sets by the names of timm's `create_dataset`: `torch/cifar10` (torchvision), `hfds/…` (Hugging Face)."""
 
 import logging
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -9,13 +10,15 @@ import numpy as np
 import torch.utils.data
 from PIL import Image
 
-from data.codecs.pillow_decode import BadImage
+from data.codecs.pillow_decode import EXTENSIONS, BadImage
+from data.datasets.folder import ending, warn_about_ignored
 from data.datasets.read_file import read_at_most, read_file
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_NEVER_DOWNLOADED = ("torch/image_folder", "torch/folder", "torch/imagenet")
+_FOLDERS = ("torch/image_folder", "torch/folder")
+_NEVER_DOWNLOADED = (*_FOLDERS, "torch/imagenet")
 
 
 class _MapStyle(Protocol):
@@ -79,6 +82,14 @@ def open_timm(name: str, root: Path, is_training: bool) -> TimmImages:
     return TimmImages(name, dataset if reader is None else _EncodedImages(name, reader), _class_names(name, dataset))
 
 
+def _is_image(path: str, ignored: Counter[str]) -> bool:
+    """Whether a file has the ending of an image; counts the others. torchvision's list of endings is shorter."""
+    if ending(path) in EXTENSIONS:
+        return True
+    ignored[ending(path)] += 1
+    return False
+
+
 class _Reader(Protocol):
     """A reader of timm: file object and label by index."""
 
@@ -113,8 +124,13 @@ def _create(name: str, root: Path, splits: tuple[str, ...]) -> _MapStyle:
         elif not root.is_dir():
             raise FileNotFoundError(f"no folder {root}")
         create = partial(create_dataset, name=name, root=str(root), split=splits[0])
+        ignored: Counter[str] = Counter()  # by ending
+        if name.lower() in _FOLDERS:
+            create = partial(create, is_valid_file=partial(_is_image, ignored=ignored))
         try:
-            return create()
+            dataset = create()
+            warn_about_ignored(f"{root}, {splits[0]}", ignored)
+            return dataset
         except RuntimeError as error:  # torchvision's error for missing files
             log.info("%s is not in %s (%s): downloading it", name, root, str(error).splitlines()[0])
             return create(download=True)

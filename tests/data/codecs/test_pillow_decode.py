@@ -19,7 +19,7 @@ def pixels(source: bytes) -> np.ndarray:
 def test_the_format_is_found_from_the_content():
     image = draw(1)
     assert np.array_equal(pixels(encode(image, "PNG")), np.asarray(image))
-    for kind in ("JPEG", "BMP", "PPM", "TIFF", "WEBP", "GIF"):
+    for kind in ("JPEG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000", "MPO"):
         assert np.abs(pixels(encode(image, kind)).astype(int) - np.asarray(image)).mean() < 12, kind
 
 
@@ -92,7 +92,7 @@ def test_decompression_bomb_is_refused(monkeypatch):
         decode(encode(draw(8), "PNG"), "x")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "AVIF", "JPEG2000"])
 def test_mutated_files_decode_or_are_refused(kind):
     original = np.frombuffer(encode(draw(9), kind), np.uint8)
     for seed in range(60):
