@@ -20,7 +20,13 @@ from data.datasets.digits import write_demo
 from data.datasets.packed import LAYOUT as LAYOUT_PACKED
 from data.datasets.packed import open_packed
 from data.datasets.timm_datasets import open_timm
-from data.datasets.validate import check_imagenet_order, check_num_classes, check_num_workers, check_same_classes
+from data.datasets.validate import (
+    check_imagenet_order,
+    check_num_classes,
+    check_num_workers,
+    check_packed_orientation,
+    check_same_classes,
+)
 from data.loader.loader import (
     BadImageCount,
     BatchLoader,
@@ -110,7 +116,9 @@ def _open(config: CfgNode, root: Path, split: str, dist_info: DistInfo) -> Image
     if name == "demo":
         write_demo(root)
     if name == "packed":
-        return open_packed(root, split)
+        packed = open_packed(root, split)
+        check_packed_orientation(packed.settings, config.DATA.EXIF_ORIENTATION, f"{root / split}")
+        return packed
     if name in ("imagenet", "demo"):
         return datasets.open_folder(root, split)
     if name == "imagenet22K":
@@ -150,7 +158,8 @@ class TrainBatches:
         if transform is None:
             transform, mixer = build_train_transform(config), build_mixup(config, data.num_classes)
         prepare = prepare_train(config.DATA.BACKEND, transform)
-        samples = TrainSamples(images, LabelledImage(prepare), config.SEED, config.DATA.MAX_BAD_IMAGES)
+        labelled = LabelledImage(prepare, config.DATA.EXIF_ORIENTATION)
+        samples = TrainSamples(images, labelled, config.SEED, config.DATA.MAX_BAD_IMAGES)
         self.wait_seconds = 0.0
         self._augment = prepare.augment if isinstance(prepare, GpuTrainTransform) else None
         self._mixer = mixer
@@ -223,7 +232,8 @@ class ValBatches:
         log.info("evaluation preset: %s (%s)", preset.origin, preset.description)
         self._num_workers = min(config.DATA.NUM_WORKERS, len(batches))
         self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "left out")
-        samples = EvalSamples(data.val, LabelledImage(prepare_eval(config.DATA.BACKEND, preset.transform)))
+        prepare = prepare_eval(config.DATA.BACKEND, preset.transform)
+        samples = EvalSamples(data.val, LabelledImage(prepare, config.DATA.EXIF_ORIENTATION))
         self.loader = _batch_loader(config, dist_info, samples, batches, self._num_workers)
         self._processes_per_host = dist_info.local_world_size
         self._passes: Iterator[Iterator[dict]] | None = None  # inside of `keep_workers`

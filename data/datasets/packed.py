@@ -142,6 +142,7 @@ class PackedImages:
         self.class_names = pack.index.class_names
         self.num_classes = pack.num_classes
         _refuse_missing_shards(folder, pack.index.columns["shard"])
+        self.settings = pack.settings
         sizes = shard_sizes(pack.index.columns)
         for number, size in enumerate(sizes):
             path = shard_path(folder, number)

@@ -38,6 +38,16 @@ def check_num_workers(workers: int, processes: int) -> None:
         log.warning("%s: more than can run at a time. Better take %s", found, advice)
 
 
+def check_packed_orientation(settings: dict[str, object], exif_orientation: bool, name: str) -> None:
+    """Raises UserError unless the data were packed with the same DATA.EXIF_ORIENTATION: training images lose EXIF."""
+    packed = bool(settings.get("exif_orientation", False))
+    if packed != exif_orientation:
+        raise UserError(
+            f"{name}: was packed {'with' if packed else 'without'} --exif-orientation, and DATA.EXIF_ORIENTATION is "
+            f"{exif_orientation}. Set it to {packed}, or pack the data again into another folder."
+        )
+
+
 def check_same_classes(train: Images, val: Images, name: str) -> None:
     """Raises UserError unless train and val have the same classes: by name if both have names, else by number."""
     if train.class_names is None or val.class_names is None:
