@@ -91,7 +91,7 @@ def _jpeg_size(source: bytes) -> tuple[int, int] | None:
     size = (ctypes.c_int * 2)()
     if isinstance(source, TiledJpeg):
         status = OK
-        size[:] = source.size
+        size[:] = list(source.size)
     else:
         status = library().swin_jpeg_size(source, ctypes.c_long(len(source)), size)
     limit = Image.MAX_IMAGE_PIXELS

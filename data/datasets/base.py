@@ -6,6 +6,7 @@ transforming are separate, so that a decoder can be chosen without touching a da
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -78,13 +79,22 @@ def open_folder(root: Path, split: str) -> FolderImages:
     """Opens `root/<split>/<class>/**/<image>`. Raises UserError when the folder is missing or has another layout."""
     folder = root / split
     if not folder.is_dir():
-        hint = " There are zip files here: add --zip." if (root / f"{split}.zip").is_file() else ""
+        hint = " There are zip files here: add --zip." if (root / f"{split}.zip").is_file() else _nearby(root, split)
         raise UserError(f"DATA.DATA_PATH: {folder} is missing. Expected {LAYOUT_FOLDER.format(root=root)}.{hint}")
     try:
-        index = cached(root, split, lambda: index_folder(folder))
+        index = cached(root, split, lambda: index_folder(folder, allow_empty=split != "train"))
     except OSError as error:
         raise UserError(f"DATA.DATA_PATH: {folder} cannot be read: {error}. Repair or remove that") from error
     return FolderImages(folder, index, len(index.class_names or ()))
+
+
+def _nearby(root: Path, split: str) -> str:
+    """A hint where the folder of the split is if `root` is one level too high or too deep; else ""."""
+    if (root.parent / split).is_dir() and root.name in ("train", "val"):
+        return f" It is one level higher: give --data-path {root.parent}."
+    with os.scandir(root) as entries:
+        found = sorted(entry.path for entry in entries if os.path.isdir(os.path.join(entry.path, split)))
+    return f" There is one a level deeper: give --data-path {found[0]}." if found else ""
 
 
 def open_zip(root: Path, split: str, cache_mode: str, local_rank: int, local_world_size: int) -> ZipImages:
@@ -93,7 +103,7 @@ def open_zip(root: Path, split: str, cache_mode: str, local_rank: int, local_wor
     for file in (archive, map_file):
         if not file.is_file():
             raise UserError(f"DATA.DATA_PATH: {file} is missing. Expected with --zip: {LAYOUT_ZIP.format(root=root)}.")
-    index = cached(root, f"{split}_zip", lambda: index_zip(archive, map_file))
+    index = cached(root, f"{split}_zip", lambda: index_zip(archive, map_file, allow_gaps=split != "train"))
     return ZipImages(archive, index, cache_mode, local_rank, local_world_size)
 
 

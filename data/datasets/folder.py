@@ -1,10 +1,14 @@
-"""Image folders: `<root>/<class>/**/<image>`, with torchvision's ImageFolder's order of classes and images."""
+"""Image folders: `<root>/<class>/**/<image>`, in the order of torchvision's ImageFolder.
+
+One exception: classes named 0…K-1 are in the order of numbers, as in timm, so that label N is class N.
+"""
 
 import logging
 import os
+import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +20,11 @@ from utils.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def index_folder(root: Path) -> tuple[Index, list[Path]]:
+def index_folder(root: Path, allow_empty: bool = False) -> tuple[Index, list[Path]]:
     """Walks `root`. Returns its index, and every directory visited (the index depends on them).
+
+    Args:
+        allow_empty: whether a class folder may have no images; all of them must not.
 
     Raises:
         UserError: no class folders, a class folder without an image, a link to a folder that contains it.
@@ -26,6 +33,7 @@ def index_folder(root: Path) -> tuple[Index, list[Path]]:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise UserError(f"{root} has no class folders. Expected {root}/<class>/<image>.jpg")
+    names = in_order_of_numbers(names) or names
     walk = _Walk(root)
     labels = array("i")
 
@@ -37,17 +45,32 @@ def index_folder(root: Path) -> tuple[Index, list[Path]]:
                     yield f"{directory}/{file}"[len(f"{root}/") :]
                     labels.append(label)
                     count += 1
-            if not count:
+            if not count and not allow_empty:
                 raise UserError(
                     f"The class folder {root / name} has no images (files ending in {', '.join(EXTENSIONS)}). "
                     "Remove the folder, or put the images of this class into it."
                 )
 
     strings = Strings.pack(paths())
+    if not labels:
+        raise UserError(f"The class folders in {root} have no images (files ending in {', '.join(EXTENSIONS)}).")
     warn_about_ignored(str(root), walk.ignored)
     if walk.hidden:
         log.warning("%s: %d hidden files or folders (names that begin with a dot) are ignored", root, walk.hidden)
     return Index(strings, np.array(labels, np.int32), names), walk.visited
+
+
+def in_order_of_numbers(names: Sequence[str]) -> list[str] | None:
+    """The names in the order of numbers, if they are the numbers 0…K-1, with or without leading zeros; else None."""
+    if not names or not all(name.isascii() and name.isdigit() for name in names):
+        return None
+    ordered = sorted(names, key=int)
+    return ordered if [int(name) for name in ordered] == list(range(len(names))) else None
+
+
+def composed(name: str) -> str:
+    """`name` with composed letters. macOS decomposes them, so that equal names may differ in their bytes."""
+    return unicodedata.normalize("NFC", name)
 
 
 def ending(path: str) -> str:

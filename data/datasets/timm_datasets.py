@@ -17,8 +17,8 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_FOLDERS = ("torch/image_folder", "torch/folder")
-_NEVER_DOWNLOADED = (*_FOLDERS, "torch/imagenet")
+TORCH_FOLDERS = ("torch/image_folder", "torch/folder")
+_NEVER_DOWNLOADED = (*TORCH_FOLDERS, "torch/imagenet")
 
 
 class _MapStyle(Protocol):
@@ -125,8 +125,10 @@ def _create(name: str, root: Path, splits: tuple[str, ...]) -> _MapStyle:
             raise FileNotFoundError(f"no folder {root}")
         create = partial(create_dataset, name=name, root=str(root), split=splits[0])
         ignored: Counter[str] = Counter()  # by ending
-        if name.lower() in _FOLDERS:
-            create = partial(create, is_valid_file=partial(_is_image, ignored=ignored))
+        if name.lower() in TORCH_FOLDERS:
+            # A class without validation images is warned about later.
+            is_valid = partial(_is_image, ignored=ignored)
+            create = partial(create, is_valid_file=is_valid, allow_empty=splits[0] != "train")
         try:
             dataset = create()
             warn_about_ignored(f"{root}, {splits[0]}", ignored)
