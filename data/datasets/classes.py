@@ -99,7 +99,7 @@ def match_val_to_train(train: Images, val: Images, name: str) -> Images:
     if only_val:
         raise UserError(
             f"{name}: train and val have different classes. Only in train: {few(only_train)}; only in val: "
-            f"{few(only_val)}. {_normalisation_hint(only_train, only_val)}Give val no classes that train does not have."
+            f"{few(only_val)}. {normalisation_hint(only_train, only_val)}Give val no classes that train does not have."
         )
     if not only_train:
         for label, (in_train, in_val) in enumerate(zip(train.class_names, val.class_names, strict=True)):
@@ -153,7 +153,7 @@ def _match_to_names(val: Images, known: list[str], problem: str) -> Images:
         return RelabelledImages(val, labels, known, len(known))
     raise UserError(
         f"{problem}. Only in the weights: {few(only_known)}; only in the data: {few(only_val)}. "
-        f"{_normalisation_hint(only_known, only_val)}Give the data it was trained on, or start a new run from its "
+        f"{normalisation_hint(only_known, only_val)}Give the data it was trained on, or start a new run from its "
         "weights with --pretrained"
     )
 
@@ -222,7 +222,8 @@ def _same_but_for_normalisation(first: Sequence[str], second: Sequence[str]) -> 
     return [(by_form[composed(name)], name) for name in second if by_form.get(composed(name), name) != name]
 
 
-def _normalisation_hint(first: list[str], second: list[str]) -> str:
+def normalisation_hint(first: Sequence[str], second: Sequence[str]) -> str:
+    """Names that look alike but differ in their bytes, as a sentence for an error; "" if there are none."""
     pairs = _same_but_for_normalisation(first, second)
     if not pairs:
         return ""

@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 from config import get_config
+from engine.setup import check_same_class_names
 from models.build import build_model
 from tests._tiny import run_main, write_recipe
+from utils.errors import UserError
 
 NAMES = [str(i) for i in range(12)]
 
@@ -65,3 +67,21 @@ def accuracy(weights, tmp_path, names, classes):
     results = json.loads(next(tmp_path.rglob("results.json")).read_text())
     assert results["images"] == len(classes)
     return results["metrics"]["acc1"]
+
+
+def test_refusals_say_what_differs():
+    cases = [
+        (["a", "b"], ["a", "c"], "other classes than the data's: b there, c here. Give"),
+        (["a"], ["a", "c"], "other classes than the data's: 1 there, 2 here. Give"),
+        (
+            ["0", "10", "2"],
+            ["0", "2", "10"],
+            "the classes of the data in another order: label 1 is 10 there, 2 here",
+        ),
+        (["caf\u00e9"], ["cafe\u0301"], r"'cafe\\u0301'\) differ in Unicode normalisation alone"),
+    ]
+    for saved, current, message in cases:
+        with pytest.raises(UserError, match=f"^w.pth: .*{message}"):
+            check_same_class_names("w.pth", saved, current)
+    check_same_class_names("w.pth", None, ["a"])
+    check_same_class_names("w.pth", ["a"], ["a"])
