@@ -6,6 +6,7 @@ evaluation that of the weights; validation labels are translated to it. Val may 
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -65,9 +66,20 @@ def names_of(images: Images) -> list[str] | None:
 
 
 def relabel(images: Images, class_names: list[str]) -> Images:
-    """`images` with the labels of `class_names`, among which are all names of `images`."""
+    """`images` with the labels of `class_names`, among which are all names of `images`.
+
+    Raises:
+        UserError: a name occurs twice, so that it has no label of its own.
+    """
     if images.class_names is None or images.class_names == class_names:
         return images
+    for names in (class_names, [name for name in images.class_names if name]):
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        if twice is not None:
+            raise UserError(
+                f"{images.path(0)}: two classes of these data or of the weights are called {twice!r}, so that labels "
+                "cannot be matched by name. Give each class a name of its own."
+            )
     numbers = {name: label for label, name in enumerate(class_names)}
     labels = [numbers.get(name, -1) for name in images.class_names]  # -1: "", a label without images
     return RelabelledImages(images, labels, class_names, len(class_names))
@@ -101,7 +113,7 @@ def match_val_to_train(train: Images, val: Images, name: str) -> Images:
             f"{name}: train and val have different classes. Only in train: {few(only_train)}; only in val: "
             f"{few(only_val)}. {normalisation_hint(only_train, only_val)}Give val no classes that train does not have."
         )
-    if not only_train:
+    if not only_train and len(train.class_names) == len(val.class_names):
         for label, (in_train, in_val) in enumerate(zip(train.class_names, val.class_names, strict=True)):
             if in_train != in_val:
                 raise UserError(

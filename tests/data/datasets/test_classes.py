@@ -6,7 +6,7 @@ import pytest
 from timm.data import ImageNetInfo
 
 from data.build import build_datasets
-from data.datasets.classes import RelabelledImages, WeightClasses
+from data.datasets.classes import RelabelledImages, WeightClasses, match_val_to_train
 from data.datasets.digits import write_demo
 from tests._images import EVALUATE, age, data_config, process, write_splits, write_zip
 from tools import pack_dataset
@@ -173,6 +173,17 @@ def test_maps_with_other_labels_for_the_same_classes_are_refused(tmp_path):
     write_zip(tmp_path, "val", ["ant/1.jpg", "bee/1.jpg"], [1, 0])
     with pytest.raises(UserError, match="label 0 means 'ant' in train but 'bee' in val"):
         build(tmp_path, "DATA.ZIP_MODE", True)
+
+
+def test_a_name_of_two_classes_has_no_label(tmp_path):
+    write_splits(tmp_path, {"ant": 1, "bee": 1, "crane": 1}, {"crane": 1})
+    data = build(tmp_path)
+    twice = RelabelledImages(data.train, range(3), ["bee", "crane", "crane"], 3)
+    assert match_val_to_train(twice, twice, "x") is twice  # as in ImageNet's names by torchvision
+    for train, val in ((twice, data.val), (data.train, twice)):
+        val = RelabelledImages(val, range(3), ["crane"], 1) if val is data.val else val
+        with pytest.raises(UserError, match="two classes of these data or of the weights are called 'crane'"):
+            match_val_to_train(train, val, "x")
 
 
 def test_packed_val_keeps_the_labels_of_train(tmp_path, caplog):
