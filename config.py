@@ -44,6 +44,7 @@ _C.DATA.DATASET = "imagenet"  # imagenet (folder or --zip) | imagenet22K | packe
 _C.DATA.IMG_SIZE = 224  # side of the square input, pixels; unset with MODEL.TYPE timm: timm's size for the model
 _C.DATA.INTERPOLATION = "bicubic"  # for resizing: bicubic | bilinear | random (one of the two for each training image)
 _C.DATA.BACKEND = "auto"  # image transforms: auto (native if it can be compiled) | reference | native | gpu
+_C.DATA.EXIF_ORIENTATION = False  # turn images as their EXIF data say; the original recipe and released weights do not
 _C.DATA.ZIP_MODE = False  # read train.zip and val.zip with their map files instead of an image folder
 _C.DATA.CACHE_MODE = "part"  # zip files in memory: no (read when needed) | part (each process preloads a share) | full
 _C.DATA.PIN_MEMORY = True  # collate batches in page-locked memory, from which a GPU copies asynchronously

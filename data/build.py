@@ -5,7 +5,7 @@ B images of a micro-batch, K classes, S image size.
 
 import logging
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,19 @@ from yacs.config import CfgNode
 
 from data.datasets import base as datasets
 from data.datasets.base import Images
+from data.datasets.classes import (
+    WeightClasses,
+    match_val_to_train,
+    match_val_to_weights,
+    names_of,
+    relabel_by_number,
+    warn_about_names,
+)
 from data.datasets.digits import write_demo
 from data.datasets.packed import LAYOUT as LAYOUT_PACKED
 from data.datasets.packed import open_packed
-from data.datasets.timm_datasets import open_timm
-from data.datasets.validate import check_imagenet_order, check_num_classes, check_num_workers, check_same_classes
+from data.datasets.timm_datasets import TORCH_FOLDERS, open_timm
+from data.datasets.validate import check_classes, check_num_classes, check_num_workers, check_packed_orientation
 from data.loader.loader import (
     BadImageCount,
     BatchLoader,
@@ -63,29 +71,38 @@ class Data:
         return self.train
 
 
-def build_datasets(config: CfgNode, dist_info: DistInfo) -> Data:
+def build_datasets(
+    config: CfgNode, dist_info: DistInfo, read_weights: Callable[[], WeightClasses] | None = None
+) -> Data:
     """Opens and checks the data that the configuration names.
 
     One process of each machine goes first, so that the others find what is written once (index, demo, download).
 
+    Args:
+        read_weights: gives the classes of the weights to evaluate; called once the data are found.
+
     Raises:
         UserError: the data are missing, have another layout, another number of classes than MODEL.NUM_CLASSES,
-            different classes in train and val, or ImageNet-1K's classes in another order.
+            classes in val that train (or the weights) do not have, or ImageNet-1K's classes in another order.
     """
     root = _data_path(config)
     check_num_workers(config.DATA.NUM_WORKERS, dist_info.local_world_size)
     with local_rank_zero_first(dist_info):
         train = None if config.EVAL_MODE else _open(config, root, "train", dist_info)
         val = _open(config, root, "val", dist_info)
-    name = f"DATA.DATA_PATH {root}"
-    if train is not None:
-        check_same_classes(train, val, name)
-    if config.DATA.DATASET in ("imagenet", "packed"):
-        for images, split in ((train, "train"), (val, "val")):
-            if images is not None and images.class_names is not None:
-                check_imagenet_order(images.class_names, f"{name}, {split}")
-    num_classes = check_num_classes(val.num_classes, config.MODEL.NUM_CLASSES, name)
-    class_names = val.class_names if train is None or train.class_names is None else train.class_names
+    weights = read_weights() if read_weights is not None and train is None else None
+    name, of_imagenet = f"DATA.DATA_PATH {root}", config.DATA.DATASET in ("imagenet", "packed")
+    if train is None:
+        check_classes(val, f"{name}, val", of_imagenet, known=(weights and weights.names) or ())
+        numbering = val = match_val_to_weights(val, weights, config.MODEL.NUM_CLASSES, name)
+    else:
+        check_classes(train, f"{name}, train", of_imagenet)
+        check_classes(val, f"{name}, val", of_imagenet, known=train.class_names or ())
+        numbering, val = train, match_val_to_train(train, val, name)
+    class_names = names_of(numbering) or names_of(val)
+    if class_names is not None and not (weights and weights.names):
+        warn_about_names(class_names, name)
+    num_classes = check_num_classes(numbering.num_classes, config.MODEL.NUM_CLASSES, name)
     return Data(train, val, num_classes, class_names)
 
 
@@ -110,12 +127,15 @@ def _open(config: CfgNode, root: Path, split: str, dist_info: DistInfo) -> Image
     if name == "demo":
         write_demo(root)
     if name == "packed":
-        return open_packed(root, split)
+        packed = open_packed(root, split)
+        check_packed_orientation(packed.settings, config.DATA.EXIF_ORIENTATION, f"{root / split}")
+        return packed
     if name in ("imagenet", "demo"):
         return datasets.open_folder(root, split)
     if name == "imagenet22K":
         return datasets.open_imagenet_22k(root, split)
-    return open_timm(name, root, is_training=split == "train")
+    images = open_timm(name, root, is_training=split == "train")
+    return relabel_by_number(images) if name.lower() in TORCH_FOLDERS else images
 
 
 class TrainBatches:
@@ -150,7 +170,8 @@ class TrainBatches:
         if transform is None:
             transform, mixer = build_train_transform(config), build_mixup(config, data.num_classes)
         prepare = prepare_train(config.DATA.BACKEND, transform)
-        samples = TrainSamples(images, LabelledImage(prepare), config.SEED, config.DATA.MAX_BAD_IMAGES)
+        labelled = LabelledImage(prepare, config.DATA.EXIF_ORIENTATION)
+        samples = TrainSamples(images, labelled, config.SEED, config.DATA.MAX_BAD_IMAGES)
         self.wait_seconds = 0.0
         self._augment = prepare.augment if isinstance(prepare, GpuTrainTransform) else None
         self._mixer = mixer
@@ -223,7 +244,8 @@ class ValBatches:
         log.info("evaluation preset: %s (%s)", preset.origin, preset.description)
         self._num_workers = min(config.DATA.NUM_WORKERS, len(batches))
         self._bad = BadImageCount(config.DATA.MAX_BAD_IMAGES, "left out")
-        samples = EvalSamples(data.val, LabelledImage(prepare_eval(config.DATA.BACKEND, preset.transform)))
+        prepare = prepare_eval(config.DATA.BACKEND, preset.transform)
+        samples = EvalSamples(data.val, LabelledImage(prepare, config.DATA.EXIF_ORIENTATION))
         self.loader = _batch_loader(config, dist_info, samples, batches, self._num_workers)
         self._processes_per_host = dist_info.local_world_size
         self._passes: Iterator[Iterator[dict]] | None = None  # inside of `keep_workers`

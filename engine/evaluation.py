@@ -9,11 +9,14 @@ import torch
 from yacs.config import CfgNode
 
 from data.build import ValBatches
+from data.datasets.classes import WeightClasses
 from engine.setup import build_components, compile_in_place, load_pretrained, read_pretrained, should_compile
 from engine.train_step import TrainComponents
+from models.pretrained.load import num_outputs
 from tasks.build import open_data, val_batches
 from tasks.task import Batch, Task
-from utils.checkpoint.weights import kinds_in
+from utils.checkpoint.schema import class_names_in
+from utils.checkpoint.weights import extract_weights, kinds_in
 from utils.distributed.fsdp import summon_full_params
 from utils.distributed.process_group import DistInfo
 from utils.errors import UserError
@@ -67,12 +70,17 @@ def evaluate_weights(config: CfgNode, dist_info: DistInfo) -> None:
     Raises:
         UserError: weights that cannot be read, or whose head is not for the classes of the data.
     """
-    data = open_data(config, dist_info)
+    source, choice = config.MODEL.RESUME or config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_EMA
+    contents: dict = {}
+
+    def read_classes() -> WeightClasses:
+        contents.update(read_pretrained(source, dist_info))
+        outputs = num_outputs(extract_weights(contents, source, choice).state_dict)
+        return WeightClasses(source, class_names_in(contents, source), outputs)
+
+    data = open_data(config, dist_info, read_classes)
     components = build_components(config, dist_info, data)
     task = components.module_without_ddp
-    source = config.MODEL.RESUME or config.MODEL.PRETRAINED
-    contents = read_pretrained(source, dist_info)
-    choice = config.MODEL.PRETRAINED_EMA
     # Of a file with an average, auto evaluates both.
     kinds = kinds_in(contents) if choice == "auto" else [choice]
     results: dict[str, object] = {"weights": source, "preset": config.TEST.PRESET}

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from data.build import Data
+from data.datasets.classes import normalisation_hint
 from engine.train_step import TrainComponents
 from models.build import input_channels
 from models.count import check_inputs, count_macs, count_parameters
@@ -251,10 +252,16 @@ def load_pretrained(
 
 def check_same_class_names(source: str, saved: list[str] | None, current: list[str] | None) -> None:
     """Raises UserError where the weights of `source` and the data both name their classes, and differ."""
-    if saved and current and saved != current:
-        first = next((pair for pair in zip(saved, current, strict=False) if pair[0] != pair[1]), None)
-        there, here = first or (len(saved), len(current))
-        raise UserError(
-            f"{source}: was trained on other classes than the data's: {there} there, {here} here. "
-            "Give the data it was trained on, or start a new run from its weights with --pretrained"
-        )
+    if not saved or not current or saved == current:
+        return
+    first = next((pair for pair in zip(saved, current, strict=False) if pair[0] != pair[1]), None)
+    there, here = first or (len(saved), len(current))
+    if sorted(saved) == sorted(current):
+        label = saved.index(str(there))
+        problem = f"has the classes of the data in another order: label {label} is {there} there, {here} here"
+    else:
+        problem = f"was trained on other classes than the data's: {there} there, {here} here"
+    raise UserError(
+        f"{source}: {problem}. {normalisation_hint(saved, current)}Give the data it was trained on, or start a new run "
+        "from its weights with --pretrained"
+    )

@@ -1,6 +1,7 @@
 """Chooses the task of a configuration, with the data that it needs."""
 
 import logging
+from collections.abc import Callable
 
 from yacs.config import CfgNode
 
@@ -14,6 +15,7 @@ from data.build import (
     build_train_transform,
     model_inputs,
 )
+from data.datasets.classes import WeightClasses
 from models.build import build_model, input_channels
 from tasks.classification import Classification
 from tasks.task import Task
@@ -22,13 +24,9 @@ from utils.distributed.process_group import DistInfo
 log = logging.getLogger(__name__)
 
 
-def open_data(config: CfgNode, dist_info: DistInfo) -> Data:
-    """Opens the data sets of the task.
-
-    Raises:
-        UserError: see `data.build.build_datasets`.
-    """
-    data = build_datasets(config, dist_info)
+def open_data(config: CfgNode, dist_info: DistInfo, read_weights: Callable[[], WeightClasses] | None = None) -> Data:
+    """Opens the data sets of the task. For the argument `read_weights` and errors see `data.build.build_datasets`."""
+    data = build_datasets(config, dist_info, read_weights)
     train = "" if data.train is None else f"{len(data.train):,} training and "
     log.info("%s%s validation images of %s classes", train, f"{len(data.val):,}", f"{data.num_classes:,}")
     return data

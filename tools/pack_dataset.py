@@ -59,6 +59,7 @@ class PackOptions:
         dataset, zipped: as DATA.DATASET and DATA.ZIP_MODE.
         size: longer side of training images at most, in pixels.
         quality: of training images as JPEG.
+        exif_orientation: as DATA.EXIF_ORIENTATION.
     """
 
     output: Path
@@ -67,6 +68,7 @@ class PackOptions:
     zipped: bool = False
     size: int = 500
     quality: int = 90
+    exif_orientation: bool = False
     workers: int = 1
     max_bad_images: int = 0
 
@@ -166,6 +168,7 @@ def pack(options: PackOptions) -> None:
         "DATA.ZIP_MODE": options.zipped,
         "DATA.CACHE_MODE": "no",
         "DATA.NUM_WORKERS": 0,  # --workers processes read the images
+        "DATA.EXIF_ORIENTATION": options.exif_orientation,
         "MODEL.NUM_CLASSES": 0,
     }
     config = get_config(None, [word for item in opts.items() for word in item])
@@ -188,7 +191,10 @@ def pack_split(options: PackOptions, split: str, images: Images) -> None:
     }
     if split == "train":
         settings |= {"size": options.size, "quality": options.quality}
-    encoder = ImageEncoder(images, options.size if split == "train" else None, options.quality)
+    if options.exif_orientation:  # left out otherwise, as in data packed before there was this option
+        settings |= {"exif_orientation": True}
+    size = options.size if split == "train" else None
+    encoder = ImageEncoder(images, size, options.quality, options.exif_orientation)
     try:
         with folder_lock(folder):
             packed = ShardWriter(
@@ -261,6 +267,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--quality", metavar="N", type=number(int, 50, 100), default=default.quality,
         help="JPEG quality of training images (90)",
     )  # fmt: skip
+    parser.add_argument(
+        "--exif-orientation", action="store_true", help="turn images as EXIF says, for DATA.EXIF_ORIENTATION True"
+    )
     parser.add_argument(
         "--workers", metavar="N", type=number(int, 1, 1024), default=cores, help="processes (one per core)"
     )

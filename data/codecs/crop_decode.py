@@ -23,6 +23,7 @@ from utils.compile_native import CannotBuild
 
 Source = bytes | np.ndarray | Image.Image  # an encoded image, (H, W, 3) uint8, or an image opened by some library
 OK, UNSUPPORTED, CHECK_WITH_PILLOW = range(3)  # status codes of native/image.h
+MAX_JPEG_SIDE = 65500  # pixels; libjpeg, and so Pillow, refuses larger JPEGs
 
 
 class CropResizeParams(ctypes.Structure):
@@ -87,13 +88,14 @@ class OpenedImage:
 
 def _jpeg_size(source: bytes) -> tuple[int, int] | None:
     """Width and height of a JPEG, from its header; None if the native decoder does not support it."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if isinstance(source, TiledJpeg):
-        width, height = source.size
-        return None if limit is not None and width * height > limit else (width, height)
     size = (ctypes.c_int * 2)()
-    status = library().swin_jpeg_size(source, ctypes.c_long(len(source)), size)
-    if status == UNSUPPORTED or limit is not None and size[0] * size[1] > limit:
+    if isinstance(source, TiledJpeg):
+        status = OK
+        size[:] = list(source.size)
+    else:
+        status = library().swin_jpeg_size(source, ctypes.c_long(len(source)), size)
+    limit = Image.MAX_IMAGE_PIXELS
+    if status == UNSUPPORTED or max(size) > MAX_JPEG_SIDE or limit is not None and size[0] * size[1] > limit:
         return None
     if status == CHECK_WITH_PILLOW:
         try:

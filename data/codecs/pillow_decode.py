@@ -1,17 +1,27 @@
 """Decodes image files with Pillow to 8-bit RGB, or raises a `BadImage` that says why it cannot.
 
-Every image that Pillow decodes without an error is accepted as it is, without EXIF rotation, as in the original recipe.
-16-bit values are scaled to 8 bits. All other images are refused: no pixels are made up.
+Every image that Pillow decodes without an error is accepted as it is, without EXIF rotation, as in the original recipe;
+`upright` turns images, for DATA.EXIF_ORIENTATION. 16-bit values are scaled to 8 bits. All other images are refused: no
+pixels are made up.
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 # The format is found from the content, not from the file name: ImageNet has a PNG named .JPEG. Pillow supports more
-# formats, but some of them start other programs to decode (EPS runs Ghostscript), which training images do not need.
-FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+# formats, but some of them start other programs to decode (EPS runs Ghostscript), and some have no signature (TGA), so
+# that damaged files of another format pass as images.
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")
+
+# The endings of files in these formats, in lower case. Other files in a folder of images are left out and counted.
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".pbm", ".pgm", ".ppm", ".pnm", ".tif", ".tiff",
+    ".webp", ".gif", ".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
+)  # fmt: skip
 
 
 class BadImage(Exception):
@@ -35,13 +45,39 @@ def decode(source: bytes | np.ndarray | Image.Image, path: str) -> Image.Image:
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
-    try:
-        image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source), formats=FORMATS)
+    with _errors_named(path):
+        image = _open(source)
         image.load()
         return _to_rgb(image)
+
+
+def upright(source: bytes | np.ndarray | Image.Image, path: str) -> bytes | np.ndarray | Image.Image:
+    """`source` itself, or the decoded image turned as its EXIF orientation says, as PIL.ImageOps.exif_transpose does.
+
+    Raises:
+        BadImage: the image or its EXIF data cannot be read.
+    """
+    if isinstance(source, np.ndarray):
+        return source
+    with _errors_named(path):
+        image = _open(source)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return source
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _open(source: bytes | Image.Image) -> Image.Image:
+    return source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source), formats=FORMATS)
+
+
+@contextmanager
+def _errors_named(path: str) -> Iterator[None]:
+    """Turns every error but a lack of memory into a BadImage: for malformed files, Pillow raises almost any."""
+    try:
+        yield
     except MemoryError:
         raise
-    except Exception as error:  # for malformed files, Pillow's plugins raise almost any exception
+    except Exception as error:
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise BadImage(path, reason or type(error).__name__) from error
 

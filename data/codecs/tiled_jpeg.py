@@ -17,6 +17,7 @@ from PIL import Image
 
 BLOCK = 16  # side, in pixels, of a block that is coded together (MCU) at 4:2:0
 CONTEXT = 2  # pixels around a crop that its colours depend on: chroma is interpolated between neighbours
+MIN_WIDTH = 8  # pixels: libjpeg does not interpolate the chroma of images of up to 4 columns
 
 _IDENTIFIER = b"swintile\0"
 _SOI, _APP9, _SOF0, _SOS, _EOI = b"\xff\xd8", b"\xff\xe9", 0xC0, 0xDA, 0xD9
@@ -75,6 +76,9 @@ class TiledJpeg(bytes):
         across = -(-whole_width // tile)
         x0, x1 = max(0, left - CONTEXT) // tile, min(whole_width - 1, left + width - 1 + CONTEXT) // tile + 1
         y0, y1 = max(0, top - CONTEXT) // BLOCK, min(whole_height - 1, top + height - 1 + CONTEXT) // BLOCK + 1
+
+        if min(x1 * tile, whole_width) - x0 * tile < MIN_WIDTH:
+            x0 = max(0, x0 - 1)
 
         # Lengths include the two bytes of the marker after each tile. The tiles of a row are contiguous in the file.
         table_end = 4 + length

@@ -7,22 +7,19 @@ transforming are separate, so that a decoder can be chosen without touching a da
 import hashlib
 import json
 import os
-import stat
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from data.codecs.pillow_decode import BadImage
 from data.datasets.folder import index_folder
 from data.datasets.index import Index, cached
 from data.datasets.map_file import class_names_from_paths, read_map
+from data.datasets.read_file import read_file
 from data.datasets.zip_archive import ZipImages, index_zip
 from utils.config.rules import IMAGENET_22K_CLASSES
 from utils.errors import UserError
-
-MAX_FILE_BYTES = 1 << 30
 
 LAYOUT_FOLDER = "{root}/train/<class>/<image>.jpg and {root}/val/<class>/<image>.jpg"
 LAYOUT_ZIP = "{root}/train.zip, train_map.txt, val.zip, val_map.txt (maps: lines `path<TAB>label`)"
@@ -46,11 +43,6 @@ class Images(Protocol):
         """Image `i`, encoded or opened, and its label. Raises BadImage."""
 
 
-def _open_nonblocking(path: str, flags: int) -> int:
-    """Opens a named pipe without waiting for a writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 class FolderImages:
     """The image files below `root` that `index` lists."""
 
@@ -67,14 +59,7 @@ class FolderImages:
         return f"{self.root}/{self.index.paths[i]}"
 
     def read(self, i: int) -> tuple[bytes, int]:
-        try:
-            with open(self.path(i), "rb", opener=_open_nonblocking) as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
-                    raise BadImage(self.path(i), "is not a file, or is larger than 1 GiB")
-                return file.read(), int(self.index.labels[i])
-        except (OSError, ValueError) as error:
-            raise BadImage(self.path(i), f"cannot be read: {error}") from error
+        return read_file(self.path(i)), int(self.index.labels[i])
 
 
 def dataset_digest(images: Images) -> str:
@@ -94,13 +79,22 @@ def open_folder(root: Path, split: str) -> FolderImages:
     """Opens `root/<split>/<class>/**/<image>`. Raises UserError when the folder is missing or has another layout."""
     folder = root / split
     if not folder.is_dir():
-        hint = " There are zip files here: add --zip." if (root / f"{split}.zip").is_file() else ""
+        hint = " There are zip files here: add --zip." if (root / f"{split}.zip").is_file() else _nearby(root, split)
         raise UserError(f"DATA.DATA_PATH: {folder} is missing. Expected {LAYOUT_FOLDER.format(root=root)}.{hint}")
     try:
-        index = cached(root, split, lambda: index_folder(folder))
+        index = cached(root, split, lambda: index_folder(folder, allow_empty=split != "train"))
     except OSError as error:
         raise UserError(f"DATA.DATA_PATH: {folder} cannot be read: {error}. Repair or remove that") from error
     return FolderImages(folder, index, len(index.class_names or ()))
+
+
+def _nearby(root: Path, split: str) -> str:
+    """A hint where the folder of the split is if `root` is one level too high or too deep; else ""."""
+    if (root.parent / split).is_dir() and root.name in ("train", "val"):
+        return f" It is one level higher: give --data-path {root.parent}."
+    with os.scandir(root) as entries:
+        found = sorted(entry.path for entry in entries if os.path.isdir(os.path.join(entry.path, split)))
+    return f" There is one a level deeper: give --data-path {found[0]}." if found else ""
 
 
 def open_zip(root: Path, split: str, cache_mode: str, local_rank: int, local_world_size: int) -> ZipImages:
@@ -109,7 +103,7 @@ def open_zip(root: Path, split: str, cache_mode: str, local_rank: int, local_wor
     for file in (archive, map_file):
         if not file.is_file():
             raise UserError(f"DATA.DATA_PATH: {file} is missing. Expected with --zip: {LAYOUT_ZIP.format(root=root)}.")
-    index = cached(root, f"{split}_zip", lambda: index_zip(archive, map_file))
+    index = cached(root, f"{split}_zip", lambda: index_zip(archive, map_file, allow_gaps=split != "train"))
     return ZipImages(archive, index, cache_mode, local_rank, local_world_size)
 
 

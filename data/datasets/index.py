@@ -24,7 +24,7 @@ from utils.paths import user_cache_dir
 log = logging.getLogger(__name__)
 
 # Part of every cache: raise it when the contents of an index change, or when other files count as images.
-FORMAT = 3
+FORMAT = 4
 
 # A change within the clock tick of the scan keeps the modification time, so data younger than this are not cached yet.
 MIN_AGE_NS = 2_000_000_000

@@ -14,14 +14,16 @@ import numpy as np
 from data.datasets.index import Strings
 from utils.errors import UserError
 
+MAX_GAPPY_CLASSES = 1_000_000  # with gaps, a mistyped label would otherwise make a list of as many class names
 _LINE = re.compile(rb"(.+)\t *(\d{1,9}) *")
 
 
-def read_map(path: Path, num_classes: int | None = None) -> tuple[Strings, np.ndarray]:
+def read_map(path: Path, num_classes: int | None = None, allow_gaps: bool = False) -> tuple[Strings, np.ndarray]:
     """Reads the map file `path`.
 
     Args:
         num_classes: labels must be below this; None when labels must be 0…K-1, each with an image.
+        allow_gaps: whether a label may be without an image nevertheless.
 
     Returns:
         the images' paths, (n,), and their labels, (n,) int32.
@@ -30,7 +32,7 @@ def read_map(path: Path, num_classes: int | None = None) -> tuple[Strings, np.nd
         UserError: missing or empty file; a line (entry) that is not a path and a label, with its number; labels with
             gaps.
     """
-    limit = num_classes or 2**31
+    limit = num_classes or (MAX_GAPPY_CLASSES if allow_gaps else 2**31)
     labels = array("i")
 
     def paths() -> Iterator[str]:
@@ -46,7 +48,7 @@ def read_map(path: Path, num_classes: int | None = None) -> tuple[Strings, np.nd
     if not labels:
         raise UserError(f"{path} lists no images. Expected lines `path<TAB>label`.")
     array_of_labels = np.array(labels, np.int32)
-    if num_classes is None:
+    if num_classes is None and not allow_gaps:
         _check_no_gaps(path, array_of_labels)
     return strings, array_of_labels
 
@@ -108,16 +110,18 @@ def _decode_path(image: bytes, where: str) -> str:
         raise UserError(f"{where}: the path is not UTF-8 ({error}). Write the map as UTF-8.") from error
 
 
-def class_names_from_paths(paths: Strings, labels: np.ndarray) -> list[str] | None:
+def class_names_from_paths(paths: Strings, labels: np.ndarray, allow_gaps: bool = False) -> list[str] | None:
     """Class names by label, if the first folder of each image's path names its class, one folder for each label.
 
-    None otherwise (flat lists, another nesting, a label without an image).
+    None otherwise (flat lists, another nesting, a label without an image). With `allow_gaps`, a label without an image
+    has the name "".
     """
     names: dict[int, str] = {}
     for i, label in enumerate(labels.tolist()):
         folder, slash, _ = paths[i].partition("/")
         if not slash or names.setdefault(label, folder) != folder:
             return None
-    if len(set(names.values())) != len(names) or sorted(names) != list(range(len(names))):
+    count = max(names, default=-1) + 1
+    if len(set(names.values())) != len(names) or (len(names) != count and not allow_gaps):
         return None
-    return [names[label] for label in range(len(names))]
+    return [names.get(label, "") for label in range(count)]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.codecs.pillow_decode import BadImage, decode
+from data.codecs.pillow_decode import BadImage, decode, upright
 from data.codecs.tiled_jpeg import encode
 from data.datasets.base import Images
 from data.datasets.index import Index, Strings
@@ -44,16 +44,22 @@ class EncodedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """Encodes the images of a split for storage. `size`: longer side in pixels, None to store them unchanged."""
+    """Encodes the images of a split for storage.
+
+    size: longer side in pixels, None to store them unchanged.
+    exif_orientation: turn images that are encoded again as their EXIF orientation says, because that gets lost.
+    """
 
     images: Images
     size: int | None
     quality: int
+    exif_orientation: bool = False
 
     def __call__(self, i: int) -> EncodedImage:
         try:
             source, label = self.images.read(i)
-            image = decode(source, self.images.path(i))
+            turned = upright(source, self.images.path(i)) if self.exif_orientation else source
+            image = decode(turned, self.images.path(i))
         except BadImage as error:
             return EncodedImage(None, -1, str(error))
         if self.size is None:

@@ -20,6 +20,7 @@ import numpy as np
 from data.codecs.pillow_decode import BadImage
 from data.codecs.tiled_jpeg import TiledJpeg
 from data.datasets.index import Index, Strings
+from data.datasets.read_file import check_size
 from utils.errors import UserError
 from utils.files import write_atomically
 
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 FORMAT = 1  # raised when the contents of a pack change
 INDEX = "index.npz"
 LAYOUT = "{root}/train/index.npz and {root}/val/index.npz, each with its *.pack files"
-MAX_IMAGE_BYTES = 1 << 30
 MAX_CLASSES = 1_000_000  # a head for more would fill the memory before anything else is noticed
 _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int32, "crc": np.uint32}
 _SHARD_NAME = re.compile(r"([0-9]{5,})\.pack")
@@ -142,6 +142,7 @@ class PackedImages:
         self.class_names = pack.index.class_names
         self.num_classes = pack.num_classes
         _refuse_missing_shards(folder, pack.index.columns["shard"])
+        self.settings = pack.settings
         sizes = shard_sizes(pack.index.columns)
         for number, size in enumerate(sizes):
             path = shard_path(folder, number)
@@ -164,10 +165,13 @@ class PackedImages:
         return f"{shard_path(self.folder, int(self.index.columns['shard'][i]))}:{self.index.paths[i]}"
 
     def read(self, i: int) -> tuple[bytes, int]:
-        """The encoded image (a TiledJpeg if it has tiles) and its label. Raises BadImage when it is damaged."""
+        """The encoded image (a TiledJpeg if it has tiles) and its label.
+
+        Raises:
+            BadImage: it is damaged, or larger than 1 GiB.
+        """
         shard, offset, size, crc = (int(self.index.columns[name][i]) for name in _COLUMNS)
-        if size > MAX_IMAGE_BYTES:
-            raise BadImage(self.path(i), f"damaged pack: the image has {size:,} bytes, more than 1 GiB")
+        check_size(size, self.path(i))
         try:
             content = os.pread(self._shards[shard], size, offset)
         except OSError as error:

@@ -1,6 +1,7 @@
 """Data sets by the names of timm's `create_dataset`: `torch/cifar10` (torchvision), `hfds/…` (Hugging Face)."""
 
 import logging
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -9,12 +10,15 @@ import numpy as np
 import torch.utils.data
 from PIL import Image
 
-from data.codecs.pillow_decode import BadImage
+from data.codecs.pillow_decode import EXTENSIONS, BadImage
+from data.datasets.folder import ending, warn_about_ignored
+from data.datasets.read_file import read_at_most, read_file
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_NEVER_DOWNLOADED = ("torch/image_folder", "torch/folder", "torch/imagenet")
+TORCH_FOLDERS = ("torch/image_folder", "torch/folder")
+_NEVER_DOWNLOADED = (*TORCH_FOLDERS, "torch/imagenet")
 
 
 class _MapStyle(Protocol):
@@ -72,15 +76,18 @@ def open_timm(name: str, root: Path, is_training: bool) -> TimmImages:
         ) from error
     # The default loader of torchvision's folders clips 16-bit images, so they are read here and decoded by our codecs.
     if hasattr(dataset, "loader"):
-        dataset.loader = _read_file
+        dataset.loader = read_file
     # timm's ImageDataset replaces an undecodable image by the next one without a word; its reader does not.
     reader = getattr(dataset, "reader", None)
-    return TimmImages(name, dataset if reader is None else _EncodedImages(reader), _class_names(name, dataset))
+    return TimmImages(name, dataset if reader is None else _EncodedImages(name, reader), _class_names(name, dataset))
 
 
-def _read_file(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
+def _is_image(path: str, ignored: Counter[str]) -> bool:
+    """Whether a file has the ending of an image; counts the others. torchvision's list of endings is shorter."""
+    if ending(path) in EXTENSIONS:
+        return True
+    ignored[ending(path)] += 1
+    return False
 
 
 class _Reader(Protocol):
@@ -94,7 +101,8 @@ class _Reader(Protocol):
 class _EncodedImages(torch.utils.data.Dataset):
     """The images of a timm reader as (encoded bytes, label)."""
 
-    def __init__(self, reader: _Reader):
+    def __init__(self, name: str, reader: _Reader):
+        self.name = name
         self.reader = reader
 
     def __len__(self) -> int:
@@ -103,7 +111,7 @@ class _EncodedImages(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[bytes, int]:
         file, label = self.reader[i]
         with file:
-            return file.read(), label
+            return read_at_most(file, f"{self.name}, sample {i}"), label
 
 
 def _create(name: str, root: Path, splits: tuple[str, ...]) -> _MapStyle:
@@ -116,8 +124,15 @@ def _create(name: str, root: Path, splits: tuple[str, ...]) -> _MapStyle:
         elif not root.is_dir():
             raise FileNotFoundError(f"no folder {root}")
         create = partial(create_dataset, name=name, root=str(root), split=splits[0])
+        ignored: Counter[str] = Counter()  # by ending
+        if name.lower() in TORCH_FOLDERS:
+            # A class without validation images is warned about later.
+            is_valid = partial(_is_image, ignored=ignored)
+            create = partial(create, is_valid_file=is_valid, allow_empty=splits[0] != "train")
         try:
-            return create()
+            dataset = create()
+            warn_about_ignored(f"{root}, {splits[0]}", ignored)
+            return dataset
         except RuntimeError as error:  # torchvision's error for missing files
             log.info("%s is not in %s (%s): downloading it", name, root, str(error).splitlines()[0])
             return create(download=True)

@@ -3,10 +3,15 @@
 import logging
 import os
 import re
+from collections.abc import Collection
+from pathlib import Path
 
+import numpy as np
 from timm.data import ImageNetInfo
 
-from data.datasets.base import Images
+from data.datasets.base import FolderImages, Images
+from data.datasets.classes import few
+from data.datasets.index import Strings
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -24,7 +29,27 @@ def check_num_classes(found: int, configured: int, name: str) -> int:
             f"{name} has {found} classes, but MODEL.NUM_CLASSES is {configured}. "
             "Take the number from the data: --opts MODEL.NUM_CLASSES 0"
         )
+    if found == 1:
+        log.warning("%s has one class only: every prediction is right, and there is nothing to learn", name)
     return found
+
+
+def check_classes(images: Images, name: str, of_imagenet: bool, known: Collection[str] = ()) -> None:
+    """Checks the class names of one split.
+
+    Args:
+        of_imagenet: whether 1,000 classes with WordNet ids must be ImageNet-1K's in sorted order.
+        known: the names of train or of the weights.
+
+    Raises:
+        UserError: see `check_depth` and `check_imagenet_order`.
+    """
+    if images.class_names is None:
+        return
+    if isinstance(images, FolderImages):
+        check_depth(images.root, images.class_names, images.index.paths, known)
+    if of_imagenet:
+        check_imagenet_order(images.class_names, name)
 
 
 def check_num_workers(workers: int, processes: int) -> None:
@@ -38,28 +63,46 @@ def check_num_workers(workers: int, processes: int) -> None:
         log.warning("%s: more than can run at a time. Better take %s", found, advice)
 
 
-def check_same_classes(train: Images, val: Images, name: str) -> None:
-    """Raises UserError unless train and val have the same classes: by name if both have names, else by number."""
-    if train.class_names is None or val.class_names is None:
-        if train.num_classes != val.num_classes:
-            raise UserError(
-                f"{name}: train has {train.num_classes} classes and val has {val.num_classes}. "
-                "Give both the same classes."
-            )
-        return
-    only_train = sorted(set(train.class_names) - set(val.class_names))
-    only_val = sorted(set(val.class_names) - set(train.class_names))
-    if only_train or only_val:
+def check_packed_orientation(settings: dict[str, object], exif_orientation: bool, name: str) -> None:
+    """Raises UserError unless the data were packed with the same DATA.EXIF_ORIENTATION: training images lose EXIF."""
+    packed = bool(settings.get("exif_orientation", False))
+    if packed != exif_orientation:
         raise UserError(
-            f"{name}: train and val have different classes. Only in train: {_few(only_train)}; only in val: "
-            f"{_few(only_val)}. Give both the same class folders."
+            f"{name}: was packed {'with' if packed else 'without'} --exif-orientation, and DATA.EXIF_ORIENTATION is "
+            f"{exif_orientation}. Set it to {packed}, or pack the data again into another folder."
         )
-    for label, (in_train, in_val) in enumerate(zip(train.class_names, val.class_names, strict=True)):
-        if in_train != in_val:
+
+
+def check_depth(folder: Path, class_names: list[str], paths: Strings, expected: Collection[str] = ()) -> None:
+    """Refuses images one or more levels too deep, whose only class is the folder that contains the class folders.
+
+    Warns where the same may be meant for several classes: no class folder has images itself, and each has folders.
+
+    Args:
+        folder: of the split. paths: of its images, relative to it.
+        expected: names of classes that are known; if the only class is one of them, it is one.
+    """
+    slashes = np.searchsorted(np.flatnonzero(paths.blob == ord("/")), paths.ends)
+    if np.diff(slashes, prepend=0).min() < 2:
+        return
+    directories = {os.path.dirname(paths[i]) for i in range(len(paths))}
+    if len(class_names) == 1 and class_names[0] not in expected:
+        common = os.path.commonpath(directories)
+        below = sorted({directory[len(common) + 1 :].split("/")[0] for directory in directories})
+        if len(below) > 1 and "" not in below:
             raise UserError(
-                f"{name}: label {label} means {in_train!r} in train but {in_val!r} in val. Number the classes alike in "
-                "both maps."
+                f"DATA.DATA_PATH: {folder} has one class only, {class_names[0]!r}. Are the classes its folders "
+                f"{few(below)}? They are expected in {folder}, and are in {folder / common}: move them up (mv "
+                f"'{folder / common}'/* '{folder}'), or make a link {folder.name} -> {folder / common} in another "
+                "folder and give that one with --data-path."
             )
+    below = sorted({"/".join(directory.split("/")[:2]) for directory in directories})
+    if len(class_names) > 1 and len(below) >= 2 * len(class_names):
+        log.warning(
+            "%s: its %d folders are the classes (%s), and none has images itself, but folders (%s). If those are the "
+            "classes, move them up into %s",
+            folder, len(class_names), few(class_names), few(below), folder,
+        )  # fmt: skip
 
 
 def check_imagenet_order(class_names: list[str], name: str) -> None:
@@ -76,7 +119,3 @@ def check_imagenet_order(class_names: list[str], name: str) -> None:
                 f"{name}: label {label} is {found}, where ImageNet-1K has {synset}. Its classes are its 1,000 synsets "
                 "numbered in sorted order; make the class folders or the map agree with that."
             )
-
-
-def _few(names: list[str]) -> str:
-    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"

@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from data.codecs.pillow_decode import BadImage
+from data.datasets.folder import composed
 from data.datasets.index import Index
 from data.datasets.map_file import class_names_from_paths, read_map
+from data.datasets.read_file import check_size
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -27,16 +29,19 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, leng
 _ENCRYPTED = 0x1
 
 
-def index_zip(archive: Path, map_file: Path) -> tuple[Index, list[Path]]:
+def index_zip(archive: Path, map_file: Path, allow_gaps: bool = False) -> tuple[Index, list[Path]]:
     """Indexes the members of `archive` that `map_file` lists. Returns the index and the files it depends on.
 
     Columns: `offset` of the local header, `compressed` and `size` in bytes, `crc`, `method` (0 stored, 8 deflated).
+
+    Args:
+        allow_gaps: whether a label may be without an image.
 
     Raises:
         UserError: missing or damaged archive; a member that is missing, encrypted or compressed by another method; a
             bad line of the map; labels with gaps.
     """
-    paths, labels = read_map(map_file)
+    paths, labels = read_map(map_file, allow_gaps=allow_gaps)
     columns = {name: array("q") for name in ("offset", "compressed", "size", "crc", "method")}
     try:
         with zipfile.ZipFile(archive) as members:
@@ -56,15 +61,18 @@ def index_zip(archive: Path, map_file: Path) -> tuple[Index, list[Path]]:
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{archive} cannot be read as a zip file: {error}. Copy it again.") from error
     arrays = {name: np.array(column, np.int64) for name, column in columns.items()}
-    return Index(paths, labels, class_names_from_paths(paths, labels), arrays), [archive, map_file]
+    return Index(paths, labels, class_names_from_paths(paths, labels, allow_gaps), arrays), [archive, map_file]
 
 
 def _member(members: zipfile.ZipFile, name: str, map_file: Path) -> zipfile.ZipInfo:
     try:
         member = members.getinfo(name)
     except KeyError:
+        alike = next((each for each in members.namelist() if composed(each) == composed(name)), None)
+        hint = f" It has {alike!a}, and the map {name!a}, which differ in Unicode normalisation alone." if alike else ""
         raise UserError(
-            f"{members.filename} has no member {name!r}, which {map_file} lists. Remove the line or add the image."
+            f"{members.filename} has no member {name!r}, which {map_file} lists.{hint} Correct or remove the line, or "
+            "add the image."
         ) from None
     if member.flag_bits & _ENCRYPTED:
         raise UserError(f"{members.filename}: the member {name!r} is encrypted. Pack the images without a password.")
@@ -119,8 +127,13 @@ class ZipImages:
         return f"{self.archive}:{self.index.paths[i]}"
 
     def read(self, i: int) -> tuple[bytes, int]:
-        """The encoded image and its label. Raises BadImage when the archive is damaged there (the CRC is checked)."""
+        """The encoded image and its label.
+
+        Raises:
+            BadImage: it is larger than 1 GiB, or the archive is damaged there (the CRC is checked).
+        """
         columns = {name: int(column[i]) for name, column in self.index.columns.items()}
+        check_size(max(columns["size"], columns["compressed"]), self.path(i))
         try:
             header = self._bytes(columns["offset"], _LOCAL_HEADER.size)
             signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)

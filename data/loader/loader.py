@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.codecs.crop_decode import Source
-from data.codecs.pillow_decode import BadImage
+from data.codecs.pillow_decode import BadImage, upright
 from data.datasets.base import Images
 from data.loader.shared_memory import (
     PREFETCH_FACTOR,
@@ -54,13 +54,17 @@ PrepareSample = Callable[[Source, object, str, dict[str, Tensor] | None], Sample
 class LabelledImage:
     """PrepareSample for classification: {'image': (3, S, S) float32}, and the label as target.
 
-    With the backend device the image is (S, S, 3) uint8, and `aug_params` says how to augment it there.
+    With the backend gpu the image is (S, S, 3) uint8, and `aug_params` says how to augment it there.
+    `exif_orientation`: whether images are first turned as their EXIF orientation says; before, so that all backends do.
     """
 
-    def __init__(self, prepare: Prepare):
+    def __init__(self, prepare: Prepare, exif_orientation: bool = False):
         self.prepare = prepare
+        self.exif_orientation = exif_orientation
 
     def __call__(self, source: Source, label: object, path: str, out: dict[str, Tensor] | None) -> Sample:
+        if self.exif_orientation:
+            source = upright(source, path)
         prepared = self.prepare(source, path, None if out is None else out["image"])
         image, aug_params = prepared if isinstance(prepared, tuple) else (prepared, None)
         return Sample({"image": image}, label, [], aug_params)

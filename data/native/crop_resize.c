@@ -14,7 +14,6 @@
 
 #define BITS 22       /* fractional bits of a weight: 32, minus 8 for the pixel, minus 2 for overshoot and the sign */
 #define GROUP 4       /* rows resized at once */
-#define MAX_SIDE 65500 /* pixels of a side */
 
 static double bicubic_at(double x) {
     const double a = -0.5;

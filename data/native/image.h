@@ -9,6 +9,8 @@
    the image can be decoded here, provided that Pillow opens it. */
 enum { OK = 0, UNSUPPORTED = 1, CHECK_WITH_PILLOW = 2 };
 
+#define MAX_SIDE 65500 /* pixels of a side, as in libjpeg (JPEG_MAX_DIMENSION), which refuses larger JPEGs */
+
 /* A rectangle of pixels in memory. */
 typedef struct {
     const uint8_t *pixels; /* of the upper left corner */

@@ -79,7 +79,7 @@ static int read_frame(JpegHeader *header, const uint8_t *at, int length) {
     header->height = u16(at + 1);
     header->width = u16(at + 3);
     header->count = at[5];
-    if (!header->width || !header->height)
+    if (!header->width || !header->height || header->width > MAX_SIDE || header->height > MAX_SIDE)
         return UNSUPPORTED;
     for (int i = 0; i < header->count; i++) {
         const uint8_t *fields = at + 6 + 3 * i;

@@ -25,6 +25,7 @@ from data.native.library import HOW_TO_INSTALL, library
 from data.transforms.gpu_augment import GpuAugment, GpuAugParams
 from data.transforms.native_augment import NativeAugment, Normalise
 from data.transforms.reference import Transform
+from data.transforms.resize_limit import ResizeLimit, check_resized, scale_short_side
 from utils.compat import torchvision_eval_preset_type
 from utils.compile_native import CannotBuild
 from utils.errors import UserError
@@ -104,9 +105,12 @@ class PillowTransform:
 
     def __init__(self, transform: Transform):
         self.transform = transform
+        self.limit = ResizeLimit(transform)
 
     def __call__(self, source: Source, path: str, out: Tensor | None = None) -> Tensor:
-        return self.transform(decode(source, path))
+        image = decode(source, path)
+        self.limit.check(image, path)
+        return self.transform(image)
 
 
 class NativeTrainTransform:
@@ -123,6 +127,7 @@ class NativeTrainTransform:
                 self.flip = before.pop(0).p
         # Without this crop (at small sizes), Pillow does all steps before the augmentation.
         self.pillow_steps = [before.pop(0) for step in list(before) if self.crop is None and _is_geometry(step)]
+        self.limit = ResizeLimit(self.pillow_steps)
         self.augments = [NativeAugment(step) for step in before]
         self.mean, self.std = normalise.mean, normalise.std
         self.normalise = Normalise(self.mean, self.std)
@@ -143,6 +148,7 @@ class NativeTrainTransform:
             opened = OpenedImage(source, path)
             return opened.crop_resize(self._sample_params(self.crop, *opened.size), out)
         image = decode(source, path)
+        self.limit.check(image, path)
         for step in self.pillow_steps:
             image = step(image)
         return np.array(image)
@@ -187,13 +193,13 @@ class NativeEvalTransform:
 
     def __call__(self, source: Source, path: str, out: Tensor | None = None) -> Tensor:
         opened = OpenedImage(source, path)
-        return self.normalise(opened.crop_resize(self._params(*opened.size)), out)
+        params = self._params(*opened.size)
+        check_resized(opened.size, (params.out_width, params.out_height), path)
+        return self.normalise(opened.crop_resize(params), out)
 
     def _params(self, width: int, height: int) -> CropResizeParams:
         if isinstance(self.resize, int):
-            short, long = sorted((width, height))
-            sides = self.resize, int(self.resize * long / short)
-            out_width, out_height = sides if width <= height else sides[::-1]
+            out_width, out_height = scale_short_side(width, height, self.resize)
         else:
             out_height, out_width = self.resize
         window_width, window_height = (out_width, out_height) if self.crop is None else (self.crop, self.crop)

@@ -101,6 +101,19 @@ def load_weights(
     return report
 
 
+def num_outputs(state_dict: dict[str, Tensor]) -> int | None:
+    """The number of outputs of the classifier in weights of any format; None if none is recognised."""
+    try:
+        weights = to_original(detect_format(state_dict))
+    except UserError:  # `load_weights` will say what is wrong
+        return None
+    for name in ("head.weight", "head.fc.weight", "classifier.weight", "fc.weight"):
+        value = weights.get(name)
+        if isinstance(value, Tensor) and value.ndim in (2, 4):
+            return len(value)
+    return None
+
+
 def _head_names(model: nn.Module) -> list[tuple[str, str]]:
     """Names of each classifier's weight and bias; models of timm have them in their configuration.
 

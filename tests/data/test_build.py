@@ -1,6 +1,7 @@
 """Batches: pure functions of (seed, position) in any process, exact evaluation, bad images, dead workers."""
 
 import hashlib
+import io
 import logging
 import multiprocessing
 import os
@@ -12,7 +13,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image, ImageOps
 
+from config import differences
 from data.build import (
     Data,
     TrainBatches,
@@ -24,7 +27,8 @@ from data.build import (
     val_batches,
 )
 from data.loader.loader import explain_worker_crash
-from tests._images import EVALUATE, age, data_config, process, write_splits
+from tests._images import EVALUATE, age, data_config, draw, encode, process, write_splits
+from tools import pack_dataset
 from utils.errors import UserError
 
 N = 14
@@ -310,3 +314,47 @@ def test_validation_workers_are_kept_between_passes(root, monkeypatch):
     with batches.keep_workers():
         assert [len(batch["image"]) for batch in batches] == [len(image) for image in reference]
         assert not multiprocessing.active_children()
+
+
+def test_exif_orientation_in_all_backends(tmp_path):
+    """Off as in the original; on, the images are those of files that were turned before. Packed data as well."""
+    names = ("as shot", "turned")
+    for split, count in (("train", 4), ("val", 4)):
+        for i in range(count):
+            exif, image = Image.Exif(), draw(i, (90, 70))
+            exif[ExifTags.Base.Orientation] = 6
+            contents = encode(image, "PNG", exif=exif), encode(ImageOps.exif_transpose(decode_exif(image, exif)), "PNG")
+            for name, content in zip(names, contents, strict=True):
+                (tmp_path / name / split / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
+                (tmp_path / name / split / f"class {i % 2}" / f"{i}.png").write_bytes(content)
+
+    def images(name, backend, *opts):
+        config = data_config(tmp_path / name, "DATA.BACKEND", backend, *opts)
+        data = build_datasets(config, process())
+        batches = [*TrainBatches(config, data, process(), 0, 8), *val_batches(config, data, process())]
+        return torch.cat([batch["image"].float() for batch in batches])
+
+    turn = ("DATA.EXIF_ORIENTATION", True)
+    for backend in ("reference", "auto", "gpu"):
+        expected = images("turned", backend)
+        assert torch.equal(images("as shot", backend, *turn), expected)
+        assert not torch.equal(images("as shot", backend), expected)
+    for name, flags in (("as shot", ["--exif-orientation"]), ("turned", [])):
+        arguments = [str(tmp_path / f"{name} packed"), "--data-path", str(tmp_path / name), "--workers", "1", *flags]
+        assert pack_dataset.main(arguments) == 0
+    packed = ("DATA.DATASET", "packed")
+    expected = images("turned packed", "auto", *packed)
+    assert torch.equal(images("as shot packed", "auto", *packed, *turn), expected)
+    with pytest.raises(UserError, match="was packed with --exif-orientation.*Set it to True"):
+        images("as shot packed", "auto", *packed)
+    with pytest.raises(UserError, match="was packed without --exif-orientation.*Set it to False"):
+        images("turned packed", "auto", *packed, *turn)
+
+
+def decode_exif(image, exif):
+    return Image.open(io.BytesIO(encode(image, "PNG", exif=exif)))
+
+
+def test_exif_orientation_is_part_of_the_run(root):
+    before, after = data_config(root), data_config(root, "DATA.EXIF_ORIENTATION", True)
+    assert [key for key, *_ in differences(before, after)] == ["DATA.EXIF_ORIENTATION"]

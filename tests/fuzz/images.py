@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
-from data.codecs.pillow_decode import BadImage, decode
+from data.codecs.pillow_decode import BadImage, decode, upright
 from tests._forked import forked
 from tests._report import Report
 from tests._tiny import run_main, write_images, write_recipe
@@ -31,10 +31,14 @@ def _encoded() -> dict[str, bytes]:
     values = np.random.RandomState(0).randint(0, 256, (40, 36, 3), np.uint8)
     rgb = Image.fromarray(values)
     grey16 = Image.fromarray(values[..., 0].astype(np.uint16) * 257)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
     kinds = {
         "jpeg": (rgb, "JPEG", {}), "progressive": (rgb, "JPEG", {"progressive": True}),
         "cmyk": (rgb.convert("CMYK"), "JPEG", {}), "grey": (rgb.convert("L"), "JPEG", {}),
-        "exif": (rgb, "JPEG", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0"}), "png": (rgb, "PNG", {}),
+        "exif": (rgb, "JPEG", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0"}),
+        "turned": (rgb, "JPEG", {"exif": turned}), "turned png": (rgb, "PNG", {"exif": turned}),
+        "avif": (rgb, "AVIF", {"exif": turned}), "jpeg 2000": (rgb, "JPEG2000", {}), "png": (rgb, "PNG", {}),
         "palette": (rgb.convert("P"), "PNG", {"transparency": 3}), "rgba": (rgb.convert("RGBA"), "PNG", {}),
         "grey16": (grey16, "PNG", {}), "one bit": (rgb.convert("1"), "PNG", {}), "bmp": (rgb, "BMP", {}),
         "ppm": (rgb, "PPM", {}), "tiff": (rgb, "TIFF", {}), "lzw": (rgb, "TIFF", {"compression": "tiff_lzw"}),
@@ -131,6 +135,7 @@ def _decode_all(cases: list[tuple[str, bytes]]) -> int:
     for number, (_, data) in enumerate(cases):
         try:
             image = decode(data, "the/path")
+            image = decode(upright(data, "the/path"), "the/path")
         except BadImage as error:
             if error.path != "the/path" or not error.reason:
                 print(f"WRONG {number} no reason: {error}")

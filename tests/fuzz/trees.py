@@ -97,6 +97,12 @@ def _pickled_cache(rng: random.Random) -> bytes:
     return _npz(head=np.array([Runs()], object), labels=np.array([Runs()], object))
 
 
+def _deeper(split: Path) -> None:
+    split.rename(split.parent / "moved")
+    split.mkdir()
+    (split.parent / "moved").rename(split / "images")
+
+
 FOLDERS: dict[str, Change] = {
     "apple's hidden twin": _name(b"._0.jpg"),
     "hidden folder": _class(b".git", both=False),
@@ -108,6 +114,11 @@ FOLDERS: dict[str, Change] = {
     "class with newline": _class(b"a\nb"),
     "class named like an image": _class(b"a.jpg"),
     "class in train alone": _class(b"more", both=False),
+    "class in train alone, of no text": _class(b"\xff\xe9", both=False),
+    "class in train alone, with newline": _class(b"a\nb", both=False),
+    "empty class in val": lambda root, rng: (root / "val" / "empty").mkdir(),
+    "one level too deep": lambda root, rng: [_deeper(root / split) for split in ("train", "val")],
+    "named by numbers": lambda root, rng: [_class(b"%d" % i)(root, rng) for i in range(rng.choice((3, 12)))],
     "no image": lambda root, rng: (root / "train" / "blue" / "notes.jpg").write_text("not an image"),
     "empty image": lambda root, rng: (root / "train" / "blue" / "0.jpg").write_bytes(b""),
     "empty class": lambda root, rng: (root / "train" / "empty").mkdir(),

@@ -87,6 +87,11 @@ def crop_resize(source: Source, params: CropResizeParams) -> np.ndarray:
     return OpenedImage(source, "x").crop_resize(params)
 
 
+def whole(size: tuple[int, int], out: tuple[int, int]) -> CropResizeParams:
+    """All of an image of `size`, resized to `out`."""
+    return CropResizeParams(0, 0, *size, *out, 0, 0, *out, bicubic=1, flip=0)
+
+
 def by_library(source: bytes, rng: random.Random) -> np.ndarray:
     opened = OpenedImage(source, "x")
     return opened.crop_resize(random_params(rng, *opened.size))
@@ -256,6 +261,21 @@ def test_segments_that_pillow_refuses():
 def test_decompression_bombs_are_refused_as_by_pillow(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert "decompression bomb" in outcome(encode(draw(8)), 0, by_library)[0]
+
+
+@needs_decoder
+@pytest.mark.parametrize("size", [(8, 65500), (65500, 8)])
+def test_jpegs_with_longer_sides_than_libjpeg_takes_are_refused_as_by_pillow(size):
+    """65,500 is the limit; 65,504 has the same number of blocks, so that the rest of the file stays right."""
+    source = encode(Image.new("L", size, 90))
+    error, pixels = outcome(source, 0, lambda source, _: crop_resize(source, whole(size, (20, 30))))
+    assert not error and pixels.shape == (30, 20, 3)
+    frame = source.index(b"\xff\xc0") + (5 if size[0] == 8 else 7)
+    assert source[frame : frame + 2] == (65500).to_bytes(2)
+    longer = source[:frame] + (65504).to_bytes(2) + source[frame + 2 :]
+    part = CropResizeParams(0, 0, 8, 8, 8, 8, 0, 0, 8, 8, bicubic=1, flip=0)
+    for decoder in (lambda source, _: crop_resize(source, part), by_pillow):
+        assert outcome(longer, 0, decoder)[0] == "x: broken data stream when reading image file"
 
 
 @needs_library

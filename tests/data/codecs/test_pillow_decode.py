@@ -1,10 +1,12 @@
 """Every kind of image is decoded correctly or refused with its path."""
 
+import io
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from data.codecs.pillow_decode import BadImage, decode
+from data.codecs.pillow_decode import BadImage, decode, upright
 from tests._images import draw, encode
 
 GREY_16 = np.array([[0, 255, 256, 257], [0x1234, 0x8000, 0xFF00, 0xFFFF]], np.uint16)
@@ -19,7 +21,7 @@ def pixels(source: bytes) -> np.ndarray:
 def test_the_format_is_found_from_the_content():
     image = draw(1)
     assert np.array_equal(pixels(encode(image, "PNG")), np.asarray(image))
-    for kind in ("JPEG", "BMP", "PPM", "TIFF", "WEBP", "GIF"):
+    for kind in ("JPEG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000", "MPO"):
         assert np.abs(pixels(encode(image, kind)).astype(int) - np.asarray(image)).mean() < 12, kind
 
 
@@ -63,6 +65,46 @@ def test_exif_rotation_is_ignored_as_in_the_original():
     assert pixels(encode(draw(6, (40, 20)), exif=exif)).shape == (20, 40, 3)
 
 
+def rotated(orientation: int, kind: str, image: Image.Image | None = None) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return encode(image or draw(6, (41, 20)), kind, exif=exif)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_upright_images_are_those_of_exif_transpose(kind, orientation):
+    source = rotated(orientation, kind)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(source))).convert("RGB")
+    assert expected.size == ((20, 41) if 5 <= orientation <= 8 else (41, 20))
+    for given in (source, Image.open(io.BytesIO(source))):
+        assert np.array_equal(np.asarray(decode(upright(given, "x"), "x")), np.asarray(expected))
+    assert (upright(source, "x") is source) == (Image.open(io.BytesIO(source)).getexif().get(0x0112, 1) == 1)
+
+
+def test_upright_images_keep_their_values():
+    grey = rotated(6, "PNG", Image.fromarray(GREY_16))
+    assert np.array_equal(np.asarray(decode(upright(grey, "x"), "x"))[..., 0], np.rot90(GREY_16 >> 8, -1))
+    palette = rotated(6, "PNG", draw(4).quantize(16))
+    expected = np.rot90(np.asarray(draw(4).quantize(16).convert("RGB")), -1)
+    assert np.array_equal(np.asarray(decode(upright(palette, "x"), "x")), expected)
+    values = np.zeros((2, 3, 3), np.uint8)
+    assert upright(values, "x") is values
+
+
+def test_orientation_in_xmp_data_counts_as_in_pillow():
+    packet = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    plain = encode(draw(6, (40, 20)))
+    source = plain[:2] + b"\xff\xe1" + (len(packet) + 2).to_bytes(2) + packet + plain[2:]
+    assert decode(upright(source, "x"), "x").size == (20, 40)
+
+
+@pytest.mark.parametrize("source", [b"", b"hello", rotated(6, "JPEG")[:300], rotated(6, "PNG")[:-60]])
+def test_upright_refuses_bad_images(source):
+    with pytest.raises(BadImage, match="^some/file.jpg: ."):
+        upright(source, "some/file.jpg")
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -92,7 +134,7 @@ def test_decompression_bomb_is_refused(monkeypatch):
         decode(encode(draw(8), "PNG"), "x")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "AVIF", "JPEG2000"])
 def test_mutated_files_decode_or_are_refused(kind):
     original = np.frombuffer(encode(draw(9), kind), np.uint8)
     for seed in range(60):

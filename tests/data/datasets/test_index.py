@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from data.codecs.pillow_decode import EXTENSIONS, FORMATS
 from data.datasets.base import open_folder
 from data.datasets.index import FORMAT, Strings
 from tests._images import age, write_folder
@@ -170,10 +172,27 @@ def test_strings():
         Strings(packed.blob, packed.ends[:-1])
 
 
-def test_other_files_are_counted(root, caplog):
-    (root / "train" / "dog" / "readme.md").write_text("")
+def test_other_files_are_counted_by_ending(root, caplog):
+    for name in ("readme.md", "b.TXT", "c.txt", "d.txt", "noending", "e.heic"):
+        (root / "train" / "dog" / name).write_text("")
+    (root / "train" / "dog" / "f.jpg").symlink_to("gone")
     open_folder(root, "train")
-    assert "1 files do not have the extension of an image" in caplog.text and "readme.md" in caplog.text
+    assert (
+        "train: 7 files are not read as images: 3 .txt, 1 without an ending, 1 .heic, "
+        "1 .jpg (a broken link, a pipe or a device), 1 .md. Images end in .jpg .jpeg .jpe .jfif"
+    ) in caplog.text
+
+
+def test_all_endings_of_the_formats_that_are_decoded_count_as_images(tmp_path, caplog):
+    """Those that Pillow has for these formats, except .dib (another format) and .pfm (values of unknown range)."""
+    Image.init()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
+    assert set(EXTENSIONS) == endings - {".dib", ".pfm"}
+    for i, name in enumerate(EXTENSIONS):
+        (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / "a" / f"{i}{name.upper()}").write_bytes(b"")
+    assert len(open_folder(tmp_path, "train")) == len(EXTENSIONS) == 24
+    assert "not read as images" not in caplog.text
 
 
 def test_mistakes_are_named(tmp_path):

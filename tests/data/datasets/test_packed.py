@@ -51,6 +51,14 @@ def test_a_region_has_the_pixels_of_the_whole_image(given_data):
         assert np.array_equal(pixels(part)[y : y + h, x : x + w], whole[top : top + h, left : left + w])
 
 
+def test_a_region_in_the_last_columns():
+    """The last tile may be so narrow that alone its chroma would not be interpolated."""
+    for width in range(96, 113):
+        jpeg = TiledJpeg(encode(grainy(width, (width, 20)), 50))
+        part, x, y = jpeg.part(width - 1, 3, 1, 9)
+        assert np.array_equal(pixels(part)[y : y + 9, x], pixels(jpeg)[3:12, width - 1])
+
+
 def test_a_region_is_no_larger_than_its_tiles():
     jpeg = TiledJpeg(encode(grainy(0, (500, 375)), 90))
     part, x, y = jpeg.part(200, 100, 40, 30)

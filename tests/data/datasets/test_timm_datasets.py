@@ -54,6 +54,17 @@ def test_torchvision_folders_are_decoded_here(tmp_path):
     assert np.asarray(decode(source, "x"))[0, :, 0].tolist() == [0x12, 0x80]
 
 
+def test_torchvision_folders_have_the_endings_of_ours(tmp_path, caplog):
+    """torchvision would leave out .jfif and .gif without a word."""
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for name in ("1.jpg", "2.jfif", "3.GIF", "4.txt", "5.txt"):
+            (tmp_path / split / "a" / name).write_bytes(b"")
+    data = build(tmp_path, "DATA.DATASET", "torch/image_folder")
+    assert len(data.train) == len(data.val) == 3
+    assert f"{tmp_path}, train: 2 files are not read as images: 2 .txt" in caplog.text
+
+
 class HuggingFaceStub:
     """A stub of timm's data set over Hugging Face's, whose package the tests do not need."""
 

@@ -7,7 +7,7 @@ from timm.data import ImageNetInfo
 
 from data.build import build_datasets
 from data.datasets.validate import check_num_workers
-from tests._images import EVALUATE, data_config, process, write_splits, write_zip
+from tests._images import EVALUATE, data_config, process, write_folder, write_splits, write_zip
 from utils.errors import UserError
 
 CLASSES = {"ant": 2, "bee": 1}
@@ -28,20 +28,6 @@ def test_wrong_number_of_classes(tmp_path):
         build(tmp_path, "MODEL.NUM_CLASSES", 1000)
 
 
-def test_train_and_val_with_different_classes(tmp_path):
-    write_splits(tmp_path / "a", CLASSES, {"ant": 1, "cow": 1})
-    with pytest.raises(UserError, match="Only in train: bee; only in val: cow"):
-        build(tmp_path / "a")
-    write_zip(tmp_path / "b", "train", ["ant/1.jpg", "bee/1.jpg"], [0, 1])
-    write_zip(tmp_path / "b", "val", ["ant/1.jpg", "bee/1.jpg"], [1, 0])
-    with pytest.raises(UserError, match="label 0 means 'ant' in train but 'bee' in val"):
-        build(tmp_path / "b", "DATA.ZIP_MODE", True)
-    write_zip(tmp_path / "c", "train", ["1.jpg", "2.jpg"], [0, 1])
-    write_zip(tmp_path / "c", "val", ["1.jpg"], [0])
-    with pytest.raises(UserError, match="train has 2 classes and val has 1"):
-        build(tmp_path / "c", "DATA.ZIP_MODE", True)
-
-
 def test_imagenet_1k_order(tmp_path):
     synsets = ImageNetInfo("imagenet-1k").label_names()
     assert synsets == sorted(synsets) and len(synsets) == 1000
@@ -56,6 +42,53 @@ def test_imagenet_1k_order(tmp_path):
     write_zip(tmp_path / "zip", "val", [f"{name}/1.jpg" for name in swapped], list(range(1000)))
     with pytest.raises(UserError, match="label 0 is n01443537"):
         build(tmp_path / "zip", *EVALUATE, "DATA.ZIP_MODE", True)
+
+
+def test_data_one_level_too_deep_are_refused_with_the_folder_of_the_classes(tmp_path):
+    deep = tmp_path / "train" / "images"
+    write_folder(deep, {"ant": 2, "bee": 1, "cow": 1})
+    write_folder(tmp_path / "val" / "images", {"ant": 1, "bee": 1})
+    with pytest.raises(UserError, match="one class only, 'images'. Are the classes its folders ant, bee, cow"):
+        build(tmp_path)
+    with pytest.raises(UserError, match=rf"val has one class.*are in {tmp_path}/val/images: move them.*--data-path"):
+        build(tmp_path, *EVALUATE)
+    (tmp_path / "train" / "images").rename(tmp_path / "train" / "more")
+    (tmp_path / "train" / "more").rename(tmp_path / "more")
+    (tmp_path / "train" / "x" / "y").mkdir(parents=True)
+    (tmp_path / "more").rename(tmp_path / "train" / "x" / "y" / "z")
+    with pytest.raises(UserError, match=f"and are in {tmp_path}/train/x/y/z: move"):
+        build(tmp_path)
+
+
+def test_several_folders_of_class_folders_are_warned_about(tmp_path, caplog):
+    for split in ("train", "val"):
+        write_folder(tmp_path / split / "part 1", {"ant": 1, "bee": 1})
+        write_folder(tmp_path / split / "part 2", {"cow": 1, "dog": 1})
+    assert build(tmp_path).class_names == ["part 1", "part 2"]
+    assert "train: its 2 folders are the classes (part 1, part 2), and none has images itself" in caplog.text
+    caplog.clear()
+    for split in ("train", "val"):  # one folder in each class, as in Tiny ImageNet
+        write_folder(tmp_path / "tiny" / split / "n01" / "images", {"": 2})
+        write_folder(tmp_path / "tiny" / split / "n02" / "images", {"": 2})
+    assert build(tmp_path / "tiny").class_names == ["n01", "n02"]
+    assert "folders are the classes" not in caplog.text
+
+
+def test_a_single_class_is_one_if_its_folder_has_images_or_is_known(tmp_path, caplog):
+    write_splits(tmp_path / "one", {"ant": 2}, {"ant": 1})
+    assert build(tmp_path / "one").num_classes == 1
+    assert caplog.text.count("has one class only") == 1
+    write_folder(tmp_path / "known" / "train", {"ant": 2, "bee": 2})
+    write_folder(tmp_path / "known" / "val" / "bee", {"a": 2, "b": 2})
+    assert build(tmp_path / "known").num_classes == 2
+
+
+def test_a_data_path_one_level_off_names_the_right_one(tmp_path):
+    write_splits(tmp_path / "data", CLASSES, CLASSES)
+    with pytest.raises(UserError, match=f"train is missing.* a level deeper: give --data-path {tmp_path}/data"):
+        build(tmp_path)
+    with pytest.raises(UserError, match=f"train is missing.* one level higher: give --data-path {tmp_path}/data"):
+        build(tmp_path / "data" / "train")
 
 
 @pytest.mark.parametrize(("workers", "processes"), [(10**9, 1), (40, 10**6)])

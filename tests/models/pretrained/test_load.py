@@ -9,7 +9,9 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.pretrained.load import LoadReport, imagenet_22k_rows, load_weights
+from models.pretrained.convert import from_original
+from models.pretrained.key_maps import HF, TIMM, TORCHVISION
+from models.pretrained.load import LoadReport, imagenet_22k_rows, load_weights, num_outputs
 from models.timm_model import build_timm_model
 from tests._swin import small, spread
 from utils.errors import UserError
@@ -61,6 +63,15 @@ def test_derived_buffers_are_dropped_whatever_their_size():
     report = load_weights(model, {**source, **derived})
     assert [entry.split()[0] for entry in report.dropped] == list(derived)
     assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items())
+
+
+def test_number_of_outputs_in_any_format():
+    weights = small(num_classes=7).state_dict()
+    assert num_outputs(weights) == 7 == num_outputs({f"module.{name}": value for name, value in weights.items()})
+    for target in (TIMM, TORCHVISION, HF):
+        assert num_outputs(from_original(weights, target)) == 7
+    assert num_outputs({"fc.weight": torch.zeros(5, 3), "fc.bias": torch.zeros(5)}) == 5
+    assert num_outputs({name: value for name, value in weights.items() if "head" not in name}) is None
 
 
 @pytest.mark.parametrize("window", [2, 3, 8])
