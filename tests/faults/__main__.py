@@ -20,7 +20,7 @@ import sys  # noqa: E402
 COUNTS = {
     "kill": (200, 3), "elastic": (10, 0), "corrupt": (500, 12), "disk": (50, 2), "preempt": (100, 2), "hang": (20, 1),
     "nonfinite": (20, 2), "lock": (100, 1), "memory": (10, 2), "torchrun": (6, 0), "hosts": (3, 0),
-    "interrupt": (80, 2),
+    "interrupt": (40, 2),
 }  # fmt: skip
 
 

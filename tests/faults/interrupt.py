@@ -43,6 +43,7 @@ def run(count: int, seed: int) -> Report:
         for trial in range(count):
             rng, moment = random.Random(f"{seed}/{trial}"), MOMENTS[trial % len(MOMENTS)]
             processes, workers, twice = cases[trial % len(cases)] if trial < 2 else rng.choice(cases)
+            workers = 2 if moment == "fork" else workers
             delay = rng.choice((0.01, 0.03, 0.1, rng.uniform(0, 1))) if twice else None
             trial_tag = f"trial{trial}"
             if moment in ("imports", "torchrun"):
