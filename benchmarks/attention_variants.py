@@ -23,13 +23,14 @@ class PaddedWindows(ShiftedWindows):
     """Shifted windows without the cyclic shift: the smaller windows at the borders are padded to full size.
 
     Computes the same function as `ShiftedWindows`, with up to one more window along each axis (section 3.2, figure 4).
+    This padding follows the projection and is masked.
     """
 
     cyclic = False
 
     def __init__(self, map_size: tuple[int, int], window: int, shifted: bool):
         super().__init__(map_size, window, shifted)
-        self.register_buffer("attn_mask", self.mask(*map_size), persistent=False)
+        self.register_buffer("attn_mask", self.mask(*self.padded_size(*map_size)), persistent=False)
 
     def margins(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Padding (before, after) of the rows and the columns: the first window border is `shift` tokens inside."""
@@ -56,7 +57,8 @@ class PaddedWindows(ShiftedWindows):
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         height, width = x.shape[1:3]
         (top, bottom), (left, right) = self.margins(height, width)
-        mask = self.attn_mask if (height, width) == self.map_size else self.mask(height, width, x.device)
+        expected = (height, width) == self.padded_size(*self.map_size)
+        mask = self.attn_mask if expected else self.mask(height, width, x.device)
         return window_grid(F.pad(x, (*(0, 0) * (x.ndim - 3), left, right, top, bottom)), self.window), mask
 
     def join(self, windows: Tensor, height: int, width: int) -> Tensor:

@@ -18,8 +18,9 @@ RELATIVE = ("bias", "none", "bias_only")
 class ShiftedWindowAttention(nn.Module):
     """The common part of V1 and V2: project the map, attend within its windows, project again.
 
-    The projections act on each token alone, so only the operation between them depends on the windows, and a fast
-    implementation need not move tokens to form them. A subclass defines `qkv`, `proj`, `proj_drop` and `attend`.
+    A map that is not a multiple of the window is padded with zeros first, and its output is cropped. The projections
+    act on each token alone, so only the operation between them depends on the windows, and a fast implementation need
+    not move tokens to form them. A subclass defines `qkv`, `proj`, `proj_drop` and `attend`.
 
     Args:
         num_heads: nH.
@@ -46,10 +47,15 @@ class ShiftedWindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
-        return self.proj_drop(self.proj(self.attend(x, self.attn_drop if self.training else 0.0)))
+        height, width = x.shape[1:3]
+        out = self.attend(self.windows.pad(x), self.attn_drop if self.training else 0.0)
+        return self.proj_drop(self.proj(out[:, :height, :width]))
 
     def attend(self, x: Tensor, dropout_p: float) -> Tensor:
-        """Computes the outputs of all heads, before the last projection: (B, H, W, C) to (B, H, W, C)."""
+        """Computes the outputs of all heads, before the last projection: (B, H, W, C) to (B, H, W, C).
+
+        H and W are multiples of the window.
+        """
         raise NotImplementedError
 
     def unflatten_heads(self, projected: Tensor) -> Tensor:

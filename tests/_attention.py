@@ -19,7 +19,7 @@ Attention = Callable[[Tensor, Tensor, ShiftedWindows, float | Tensor], Tensor]
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One use of the operation: a map of `size`, cut into windows."""
+    """One use of the operation: a map of `size`, a multiple of the window, cut into windows."""
 
     window: int
     size: tuple[int, int]

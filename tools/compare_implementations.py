@@ -55,6 +55,14 @@ def compare_all(only: Sequence[str] = ()) -> Table:
         f"Columns of the libraries: the largest difference of any logit over {IMAGES} random images, in float32, "
         "between the library's model with random weights and this project's, which reads these weights in the "
         "library's format; – if the library has no such model. The last column is the largest logit itself.",
+        "Images whose maps are not multiples of the window (256 or 512 pixels with windows of 7) are compared in "
+        "tests/models/test_padding.py, values and gradients, from 224 to 800 × 1344 pixels: equal to transformers and "
+        "torchvision. A map is padded with zeros after the norm and before the projection to queries, keys and values, "
+        "and padding is not masked. Known differences: timm shifts a map before it pads it, so its shifted windows are "
+        "cut elsewhere, and logits differ by about 1e-4; torchvision drops the last pixels of a side that is not a "
+        "multiple of the patch (250 × 330), where the others pad; transformers shifts neither axis where one of them "
+        "has a single window, and its `SwinBackbone` always shifts both, while timm, torchvision and this project do "
+        "not shift the axis of a single window.",
         "Swin-MLP has no independent implementation; tests/models/test_swin_mlp.py computes it in another way.",
         "Parameters and multiply-adds (of matrix products and convolutions, for one image) are counted from the model.",
         *circumstances(),

@@ -41,8 +41,8 @@ def window_attention(
     that an implementation can do these by index arithmetic, without copying.
 
     Args:
-        qkv: (B, H, W, 3, nH, d), queries, keys and values in the layout of the projection. Padding that completes
-            the last windows is masked: its values have no effect.
+        qkv: (B, H, W, 3, nH, d), queries, keys and values in the layout of the projection. H and W are multiples of
+            the window (`ShiftedWindows.pad`).
         bias: (nH, N, N), the relative position bias, one for all windows.
         windows: how the map is cut. The mask adds 0 where a query may see a key and -100 where it may not.
         scale: factor of the products q kᵀ; or (nH,), one factor per head of the cosines between queries and keys
@@ -55,8 +55,11 @@ def window_attention(
         float64 inputs.
 
     Raises:
-        ValueError: no implementation of that name.
+        ValueError: no implementation of that name; or H or W is not a multiple of the window.
     """
+    height, width = qkv.shape[1:3]
+    if height % windows.window or width % windows.window:
+        raise ValueError(f"a map of {height} × {width} tokens does not consist of whole windows of {windows.window}")
     selected = _select(
         impl,
         device=qkv.device.type,

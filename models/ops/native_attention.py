@@ -138,7 +138,7 @@ def attend_backward(
     B, H, W, _, num_heads, head_dim = qkv.shape
     _require("grad_out", grad_out, (B, H, W, num_heads * head_dim), qkv.dtype)
     padded_bias, scales = _transpose_and_pad(bias), _scale_per_head(head_scales, scale, num_heads)
-    splits = min(MAX_SPLITS, B * -(-H // window) * -(-W // window))
+    splits = min(MAX_SPLITS, B * (H // window) * (W // window))
     grad_qkv = torch.empty_like(qkv)
     grad_bias = padded_bias.new_zeros(splits, *padded_bias.shape)
     grad_scales = padded_bias.new_zeros(splits, num_heads)

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from models.ops.window import ShiftedWindows
 
+MIN_LENGTH = 1e-12  # of a query or key in cosine attention; shorter ones count as zero
+
 
 def attn_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
     """Adds the mask (nW, N, N), if any, to the position bias (nH, N, N): (nH, N, N) or (nW, nH, N, N)."""
@@ -50,8 +52,17 @@ def scale_queries_and_keys(q: Tensor, k: Tensor, scale: float | Tensor) -> tuple
     if not isinstance(scale, Tensor):
         return q * scale, k
     dtype = accumulate_dtype(q.dtype)
-    scaled_q = F.normalize(q.to(dtype), dim=-1) * scale.to(dtype)[:, None, None]
-    return scaled_q.to(q.dtype), F.normalize(k.to(dtype), dim=-1).to(k.dtype)
+    scaled_q = normalize(q.to(dtype)) * scale.to(dtype)[:, None, None]
+    return scaled_q.to(q.dtype), normalize(k.to(dtype)).to(k.dtype)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Scales vectors (..., d) to length 1. A vector of zeros stays zero and has the gradient 0.
+
+    The key of a padded token is zero. `F.normalize` would give it a gradient of 1e12, which overflows in float16.
+    """
+    length = x.norm(dim=-1, keepdim=True)
+    return x / length.masked_fill(length < MIN_LENGTH, torch.inf)
 
 
 def window_attention(

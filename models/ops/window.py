@@ -58,16 +58,13 @@ def axis_shift(length: int, window: int, shift: int) -> int:
     return shift if length > window else 0
 
 
-def region_ids(length: int, window: int, shift: int, device: torch.device | None = None) -> Tensor:
-    """Returns (padded length,): the region of each position of one axis, after padding and shifting.
+def region_ids(length: int, shift: int, device: torch.device | None = None) -> Tensor:
+    """Returns (length,): the region of each position of one axis after shifting.
 
-    0 is the bulk, 1 the tokens that the shift wrapped around into the last window, 2 padding. Two tokens of a window
-    may see each other only if their regions agree on both axes.
+    0 is the bulk, 1 the tokens that the shift wrapped around into the last window. Two tokens of a window may see each
+    other only if their regions agree on both axes.
     """
-    padded = padded_length(length, window)
-    origin = (torch.arange(padded, device=device) + shift) % padded
-    wrapped = (origin < shift).long()
-    return wrapped.masked_fill(origin >= length, 2)
+    return (torch.arange(length, device=device) >= length - shift).long()
 
 
 def make_attn_mask(
@@ -75,14 +72,15 @@ def make_attn_mask(
 ) -> Tensor | None:
     """Returns the mask that is added to attention scores, so that only tokens of one region see each other.
 
+    Height and width are multiples of the window. Padding is not masked (`ShiftedWindows.pad`).
+
     Returns:
-        (nW, N, N) float32 of 0 and -100, or None without shift and padding.
+        (nW, N, N) float32 of 0 and -100, or None without shift.
     """
-    if shifts == (0, 0) and height % window == 0 and width % window == 0:
+    if shifts == (0, 0):
         return None
-    rows = region_ids(height, window, shifts[0], device)
-    columns = region_ids(width, window, shifts[1], device)
-    regions = rows[:, None] * 3 + columns[None, :]  # (H, W), padded
+    rows, columns = region_ids(height, shifts[0], device), region_ids(width, shifts[1], device)
+    regions = rows[:, None] * 2 + columns[None, :]  # (H, W)
     regions = window_partition(regions[None, :, :, None], window)[0, :, :, 0]  # (nW, N)
     masked = regions[:, :, None] != regions[:, None, :]
     return torch.zeros(masked.shape, device=device).masked_fill(masked, MASK_VALUE)
@@ -91,10 +89,14 @@ def make_attn_mask(
 class ShiftedWindows(nn.Module):
     """Cuts the token maps of one block into windows of M × M tokens, shifted or not (section 3.2).
 
-    The mask for `map_size` is a buffer; maps of any other size are padded, and their mask is computed when needed.
-    As in the original, a window larger than `map_size` shrinks to it, and a single window is not shifted. Apart from
-    the size of the window, the result depends only on the input size, not on `map_size`: a larger map is cut into
-    several windows, and these are shifted.
+    A map that is not a multiple of the window is padded by `pad` before the projection to queries, keys and values, as
+    in the original code for detection, torchvision and transformers: padding takes part in attention, as tokens that
+    are zero before the projection. `split` and everything after it take padded maps only.
+
+    The mask for `map_size` is a buffer; that of maps of any other size is computed when needed. As in the original, a
+    window larger than `map_size` shrinks to it, and a single window is not shifted. Apart from the size of the window,
+    the result depends only on the input size, not on `map_size`: a larger map is cut into several windows, and these
+    are shifted.
 
     Args:
         map_size: expected (H, W).
@@ -103,14 +105,15 @@ class ShiftedWindows(nn.Module):
     """
 
     attn_mask: Tensor | None
-    cyclic = True  # the cut is a cyclic shift of the padded map by `shifts`, which a kernel can do by index arithmetic
+    cyclic = True  # the cut is a cyclic shift of the map by `shifts`, which a kernel can do by index arithmetic
 
     def __init__(self, map_size: tuple[int, int], window: int, shifted: bool):
         super().__init__()
         self.map_size = map_size
         self.window = min(window, *map_size)
         self.shift = self.window // 2 if shifted else 0
-        mask = make_attn_mask(*map_size, self.window, self.shifts(*map_size))
+        padded = self.padded_size(*map_size)
+        mask = make_attn_mask(*padded, self.window, self.shifts(*padded))
         self.register_buffer("attn_mask", mask, persistent=False)
 
     def shifts(self, height: int, width: int) -> tuple[int, int]:
@@ -119,30 +122,36 @@ class ShiftedWindows(nn.Module):
 
     def columns(self, width: int) -> int:
         """Returns the number of windows in one row of a map that is `width` tokens wide."""
-        return padded_length(width, self.window) // self.window
+        return width // self.window
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns (H, W) rounded up to multiples of the window."""
+        return padded_length(height, self.window), padded_length(width, self.window)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Appends zeros to a map (B, H, W, C) at the bottom and on the right, up to multiples of the window."""
+        height, width = x.shape[1:3]
+        bottom, right = padded_length(height, self.window) - height, padded_length(width, self.window) - width
+        return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pads and shifts a map (B, H, W, *) and views it as windows (B, rows, columns, M, M, *), rows · columns = nW.
+        """Shifts a padded map (B, H, W, *) and views it as windows (B, rows, columns, M, M, *), rows · columns = nW.
 
         Returns:
             The windows; and the mask (nW, N, N), or None if nothing has to be masked.
         """
         height, width = x.shape[1:3]
         shifts = self.shifts(height, width)
-        if (height, width) == self.map_size:
+        if (height, width) == self.padded_size(*self.map_size):
             mask = self.attn_mask
         else:
             mask = make_attn_mask(height, width, self.window, shifts, x.device)
-        bottom, right = padded_length(height, self.window) - height, padded_length(width, self.window) - width
-        if bottom or right:
-            x = F.pad(x, (*(0, 0) * (x.ndim - 3), 0, right, 0, bottom))
         return window_grid(cyclic_shift(x, shifts), self.window), mask
 
     def join(self, windows: Tensor, height: int, width: int) -> Tensor:
-        """Merges windows (B, rows, columns, M, M, *) into the map (B, H, W, *): undoes `split`, padding included."""
+        """Merges windows (B, rows, columns, M, M, *) into the map (B, H, W, *): undoes `split`."""
         x = windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        x = cyclic_unshift(x, self.shifts(height, width))
-        return x if x.shape[1:3] == (height, width) else x[:, :height, :width]
+        return cyclic_unshift(x, self.shifts(height, width))
 
     def extra_repr(self) -> str:
         return f"window={self.window}, shift={self.shift}, map_size={self.map_size}"

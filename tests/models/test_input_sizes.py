@@ -1,17 +1,14 @@
-"""Swin V1 on images of any size, against a network computed token by token, without windows and padding."""
+"""Swin V1 on images of any size, against a network computed token by token, without windows."""
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.attention import WindowAttention
-from models.ops.window import ShiftedWindows
 from models.swin_transformer import SwinTransformer
-from tests._swin import assert_same_gradients, logits_and_gradients, small, spread
+from tests._swin import small, spread
 
 
 def axis_cells(length: int, window: int, shift: int) -> Tensor:
@@ -20,9 +17,18 @@ def axis_cells(length: int, window: int, shift: int) -> Tensor:
     return torch.div(torch.arange(length) - shift, window, rounding_mode="floor")
 
 
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Appends zeros to the first two axes."""
+    padded = x.new_zeros(-(-x.shape[0] // multiple) * multiple, -(-x.shape[1] // multiple) * multiple, x.shape[2])
+    padded[: x.shape[0], : x.shape[1]] = x
+    return padded
+
+
 def attend_by_token(model: SwinTransformer, prefix: str, x: Tensor, heads: int, window: int, shift: int) -> Tensor:
-    """Computes attention of (H, W, C), for each token over the tokens of the image in its window."""
+    """Computes attention of (H, W, C), for each token over the tokens in its window, including padding."""
     weights = dict(model.named_parameters())
+    size = x.shape[:2]
+    x = pad_to_multiple(x, window)
     height, width, dim = x.shape
     q, k, v = F.linear(x, weights[prefix + "qkv.weight"], weights[prefix + "qkv.bias"]).split(dim, dim=-1)
     table = weights[prefix + "relative_position_bias_table"]
@@ -36,6 +42,7 @@ def attend_by_token(model: SwinTransformer, prefix: str, x: Tensor, heads: int, 
         for h, part in enumerate(torch.arange(dim).chunk(heads)):
             scores = k[visible][:, part] @ q[i, j, part] / len(part) ** 0.5 + bias[:, h]
             out[i, j, part] = scores.softmax(0) @ v[visible][:, part]
+    out = out[: size[0], : size[1]]
     return F.linear(out, weights[prefix + "proj.weight"], weights[prefix + "proj.bias"])
 
 
@@ -46,7 +53,7 @@ def network_by_token(
     num_heads: tuple[int, ...],
     windows: tuple[int, ...],
 ) -> Tensor:
-    """Computes the logits of an image (3, height, width) without windows, padding and mask. `windows` is per stage."""
+    """Computes the logits of an image (3, height, width) without windows and mask. `windows` is per stage."""
     weights = dict(model.named_parameters())
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -54,12 +61,6 @@ def network_by_token(
 
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, weights[name + ".weight"], weights.get(name + ".bias"))
-
-    def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-        """Appends zeros to the first two axes."""
-        padded = x.new_zeros(-(-x.shape[0] // multiple) * multiple, -(-x.shape[1] // multiple) * multiple, x.shape[2])
-        padded[: x.shape[0], : x.shape[1]] = x
-        return padded
 
     pixels = pad_to_multiple(image.permute(1, 2, 0), 4)
     patches = pixels.unfold(0, 4, 4).unfold(1, 4, 4).flatten(2)  # (H, W, 3·4·4)
@@ -101,32 +102,6 @@ def test_any_size_by_token(img_size: int, window: int, windows: tuple, size: tup
     with torch.no_grad():
         expected = torch.stack([network_by_token(model, image, (2, 2), (2, 4), windows) for image in images])
         torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
-
-
-def test_padded_tokens_have_no_influence(monkeypatch):
-    """Their values change neither the output nor the gradients."""
-    model = spread(small())
-    images = torch.randn(1, 3, 36, 52)
-    logits, gradients = logits_and_gradients(model, images)
-    for attention in (module for module in model.modules() if isinstance(module, WindowAttention)):
-        split = attention.windows.split
-        monkeypatch.setattr(
-            attention.windows,
-            "split",
-            lambda x, split=split, w=attention.windows: split_with_filled_padding(split, x, w),
-        )
-    assert torch.equal(model(images), logits)
-    assert_same_gradients(logits_and_gradients(model, images)[1], gradients)
-
-
-def split_with_filled_padding(
-    split: Callable[[Tensor], tuple[Tensor, Tensor | None]], x: Tensor, windows: ShiftedWindows
-) -> tuple[Tensor, Tensor | None]:
-    """Calls `split` and fills the tokens that it padded with 2.5 instead of 0."""
-    grid, mask = split(x)
-    real, _ = split(torch.ones_like(x))
-    assert (real == 0).any() or x.shape[1] % windows.window == x.shape[2] % windows.window == 0
-    return grid.masked_fill(real == 0, 2.5), mask
 
 
 def test_result_does_not_depend_on_the_expected_size():

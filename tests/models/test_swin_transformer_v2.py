@@ -130,9 +130,10 @@ def test_names_and_order_of_the_parameters():
 
 
 def attend_by_token(attention: CosineWindowAttention, x: Tensor, shift: int, pretrained: int) -> Tensor:
-    """Computes attention of (H, W, C) in float64, for each token over the tokens of its window."""
+    """Computes attention of (H, W, C) in float64, for each token over the tokens of its window, including padding."""
     weights = {name: value.double() for name, value in attention.named_parameters()}
-    window, heads = attention.windows.window, attention.num_heads
+    window, heads, size = attention.windows.window, attention.num_heads, x.shape[:2]
+    x = F.pad(x, (0, 0, 0, -size[1] % window, 0, -size[0] % window))
     height, width, dim = x.shape
     q, k, v = F.linear(x, weights["qkv.weight"]).split(dim, dim=-1)
     q, v = q + weights["q_bias"], v + weights["v_bias"]
@@ -159,7 +160,7 @@ def attend_by_token(attention: CosineWindowAttention, x: Tensor, shift: int, pre
             scale = weights["logit_scale"][h, 0, 0].exp().clamp(max=100)
             probabilities = (cosines * scale + biases[:, h]).softmax(0)
             out[i, j, part] = probabilities @ torch.stack([v[a, b, part] for a, b in visible])
-    return F.linear(out, weights["proj.weight"], weights["proj.bias"])
+    return F.linear(out[: size[0], : size[1]], weights["proj.weight"], weights["proj.bias"])
 
 
 @pytest.mark.parametrize("attn", ["reference", "sdpa"])

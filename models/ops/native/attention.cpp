@@ -16,10 +16,10 @@
 
 namespace {
 
-struct Shape {  // as native_attention.py passes it
+struct Shape {  // as native_attention.py passes it; H and W are multiples of the window
   long B, H, W, num_heads, d, window, shift_h, shift_w;
-  long rows() const { return (H + window - 1) / window; }
-  long columns() const { return (W + window - 1) / window; }
+  long rows() const { return H / window; }
+  long columns() const { return W / window; }
   long N() const { return window * window; }
   long NP() const { return (N() + 15) / 16 * 16; }
   long C() const { return num_heads * d; }
@@ -98,7 +98,7 @@ struct Workspace {
   const Shape& s;
   float *q, *k, *v, *grad_out, *transposed, *packed_tokens, *packed_matrix, *out, *probs, *grad_scores, *mask;
   float *query_scale, *key_scale, *memory;
-  long* position;  // (N,) of a token in the maps of the batch; -1 for padding
+  long* position;  // (N,) of a token in the maps of the batch
   int* region;     // (N,)
   bool masked;
 
@@ -121,16 +121,15 @@ struct Workspace {
   ~Workspace() { std::free(memory), std::free(position), std::free(region); }
 
   // Computes positions and mask of a window. Regions are those of region_ids in models/ops/window.py: per axis, 1 for
-  // tokens that the shift wrapped around, 2 for padding.
+  // tokens that the shift wrapped around.
   void set_window(long window) {
     long in_image = window % (s.rows() * s.columns()), image = window / (s.rows() * s.columns());
     long top = in_image / s.columns() * s.window, left = in_image % s.columns() * s.window;
     masked = false;
     for (long t = 0; t < s.N(); t++) {
-      long y = (top + t / s.window + s.shift_h) % (s.rows() * s.window);
-      long x = (left + t % s.window + s.shift_w) % (s.columns() * s.window);
-      region[t] = 3 * (y >= s.H ? 2 : y < s.shift_h) + (x >= s.W ? 2 : x < s.shift_w);
-      position[t] = y < s.H && x < s.W ? (image * s.H + y) * s.W + x : -1;
+      long y = (top + t / s.window + s.shift_h) % s.H, x = (left + t % s.window + s.shift_w) % s.W;
+      region[t] = 2 * (y < s.shift_h) + (x < s.shift_w);
+      position[t] = (image * s.H + y) * s.W + x;
       masked |= region[t] != region[0];
     }
     if (!masked) return;
@@ -139,24 +138,21 @@ struct Workspace {
   }
 };
 
-// Loads one head's tokens of the window as packs: (N, packs(d)); zeros for padding.
+// Loads one head's tokens of the window as packs: (N, packs(d)).
 template <typename Pack, typename T>
 void load_tokens(const Workspace& ws, const T* from, long stride, float* to) {
   long width = Pack::packs(ws.s.d);
-  for (long t = 0; t < ws.s.N(); t++) {
-    if (ws.position[t] >= 0) Pack::load_token(from + ws.position[t] * stride, ws.s.d, to + t * width);
-    else std::memset(to + t * width, 0, width * sizeof(float));
-  }
+  for (long t = 0; t < ws.s.N(); t++) Pack::load_token(from + ws.position[t] * stride, ws.s.d, to + t * width);
 }
 
 // Stores ws.out (N, d) at the positions of its tokens.
 template <typename Pack, typename T>
 void store_tokens(const Workspace& ws, T* to, long stride) {
   for (long t = 0; t < ws.s.N(); t++)
-    if (ws.position[t] >= 0) Pack::store_token(ws.out + t * ws.s.d, ws.s.d, to + ws.position[t] * stride);
+    Pack::store_token(ws.out + t * ws.s.d, ws.s.d, to + ws.position[t] * stride);
 }
 
-// inverse[t] = factor / length of token t.
+// inverse[t] = factor / length of token t; 0 for a token of zeros, such as a padded key, whose gradient is then 0.
 template <typename Pack>
 void inverse_lengths(const Workspace& ws, const float* packs, float factor, float* inverse) {
   long d = ws.s.d, width = Pack::packs(d);
@@ -164,7 +160,8 @@ void inverse_lengths(const Workspace& ws, const float* packs, float factor, floa
     float* values = ws.out;
     std::fill(values, values + d, 0.f);
     Pack::subtract_scaled(values, packs + t * width, -1.f, d);
-    inverse[t] = factor / std::max(std::sqrt(Pack::dot(packs + t * width, values, d)), 1e-12f);
+    float length = std::sqrt(Pack::dot(packs + t * width, values, d));
+    inverse[t] = length < 1e-12f ? 0.f : factor / length;
   }
 }
 
