@@ -90,6 +90,7 @@ def select_implementation(impl: str, spec: AttentionSpec) -> str:
     (docs/reports/STEP.md), and the native code on the CPU. Where these do not support `spec`, or fail their self-test,
     SDPA is used; on the CPU with gradients, the reference, because PyTorch's fused kernel has no gradient for the bias
     there and takes a slower path. On the meta device, where operations are counted, the reference shows each product.
+    An export takes the reference whatever `impl` is, because other programs do not know the custom operators.
 
     Raises:
         ValueError: `impl` is not one of IMPLEMENTATIONS.
@@ -99,6 +100,9 @@ def select_implementation(impl: str, spec: AttentionSpec) -> str:
     device = spec.device
     if device == "meta":
         return "sdpa" if impl == "sdpa" else "reference"
+    if is_exporting():
+        _log_once(logging.INFO, f"Window attention for export: reference (requested: {impl})")
+        return "reference"
     fallback = "reference" if device == "cpu" and spec.gradients else "sdpa"  # these support every spec
     fastest = {"cuda": "triton", "cpu": "native"}.get(device, fallback)
     if fastest == "triton" and spec.dtype not in (torch.bfloat16, torch.float16):
@@ -117,6 +121,12 @@ def select_implementation(impl: str, spec: AttentionSpec) -> str:
     purpose = "training" if spec.gradients else "inference"
     _log_once(logging.INFO, f"Window attention for {purpose} on {device}: {selected} ({request})")
     return selected
+
+
+def is_exporting() -> bool:
+    """Returns whether the model is being traced by `torch.export` or `torch.onnx.export`."""
+    # Without tracing, torch.onnx is not asked: its first answer imports the exporter.
+    return torch.compiler.is_exporting() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it while tracing, so that its log line is not lost

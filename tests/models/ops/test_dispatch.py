@@ -19,6 +19,7 @@ from models.ops.window import (
     window_reverse,
 )
 from tests._attention import TOLERANCE, AttentionCase, assert_matches_definition, attention_by_token
+from tests._swin import small
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 SPEC = AttentionSpec(
@@ -149,6 +150,27 @@ def test_selection_depends_on_gradients(monkeypatch):
     with torch.no_grad():
         ops.window_attention(inputs["qkv"], inputs["bias"], case.windows(), 1.0)
     assert called == ["sdpa", "reference", "sdpa"]
+
+
+@pytest.mark.parametrize(("impl", "strict"), [("auto", False), ("auto", True), ("sdpa", False)])
+def test_export_takes_the_reference(impl: str, strict: bool):
+    """The exported graph contains no operator of this project and no fused attention."""
+    model = small(attn=impl, window_size=3, depths=(2,), num_heads=(1,)).eval()  # shifted and padded
+    images = torch.randn(1, 3, 16, 16)
+    exported = torch.export.export(model, (images,), strict=strict)
+    operators = {str(node.target) for node in exported.graph.nodes}
+    assert not [name for name in operators if name.startswith("swin") or "scaled_dot_product" in name]
+    torch.testing.assert_close(exported.module()(images), model(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("impl", ["auto", "native", "sdpa"])
+def test_export_to_onnx_by_tracing_takes_the_reference(impl: str, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert ops.select_implementation(impl, SPEC) != "reference" or NO_NATIVE  # not before something is traced
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    assert ops.select_implementation(impl, SPEC) == "reference"
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: False)
+    assert ops.select_implementation(impl, SPEC) != "reference" or NO_NATIVE
 
 
 def test_unknown_implementation():
