@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.ops.dispatch import window_attention
+from models.ops.position_bias import GatherBias, pairs_by_offset, relative_position_index
 from models.ops.reference import accumulate_dtype, attn_bias, merge_heads, partition_heads
-from models.ops.window import ShiftedWindows, relative_position_index
+from models.ops.window import ShiftedWindows
 
 RELATIVE = ("bias", "none", "bias_only")
 
@@ -64,9 +65,13 @@ class ShiftedWindowAttention(nn.Module):
 
     def gather_relative_bias(self, table: Tensor) -> Tensor:
         """Gathers the bias (nH, N, N) of each pair of tokens from a table ((2·M-1)², nH) by their offset."""
-        index = self.relative_position_index
-        bias = table[index.flatten()].unflatten(0, index.shape)  # (N, N, nH)
-        return bias.permute(2, 0, 1).contiguous()  # every window reads it: made contiguous once
+        return GatherBias.apply(table, self.relative_position_index, self.pairs_by_offset)
+
+    def register_offsets(self) -> None:
+        """Registers the buffers that `gather_relative_bias` needs."""
+        window = self.windows.window
+        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+        self.register_buffer("pairs_by_offset", pairs_by_offset(window), persistent=False)
 
 
 class WindowAttention(ShiftedWindowAttention):
@@ -111,7 +116,7 @@ class WindowAttention(ShiftedWindowAttention):
         else:
             self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-            self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+            self.register_offsets()
         self.qkv = nn.Linear(dim, dim if relative == "bias_only" else 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)

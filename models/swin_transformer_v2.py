@@ -19,7 +19,6 @@ from models.attention import ShiftedWindowAttention
 from models.backbone import Backbone, BlockSpec
 from models.ops.dispatch import window_attention
 from models.ops.reference import accumulate_dtype
-from models.ops.window import relative_position_index
 from models.swin_transformer import SwinTransformerBlock
 
 MAX_LOGIT_SCALE = 100.0  # the temperature does not fall below 0.01
@@ -78,7 +77,7 @@ class CosineWindowAttention(ShiftedWindowAttention):
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.register_buffer("relative_coords_table", log_spaced_offsets(window, pretrained_window), persistent=False)
-        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+        self.register_offsets()
         self.cpb_mlp = nn.Sequential(
             nn.Linear(2, CPB_HIDDEN_DIM), nn.ReLU(), nn.Linear(CPB_HIDDEN_DIM, num_heads, bias=False)
         )

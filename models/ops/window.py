@@ -1,4 +1,4 @@
-"""Geometry of shifted windows: partition, reverse, cyclic shift, mask, relative positions. The only copy of each.
+"""Geometry of shifted windows: partition, reverse, cyclic shift, mask. The only copy of each.
 
 `ShiftedWindows` combines them for one block: it cuts a token map of any size into windows and joins them again.
 Shapes: `B` batch, `H W` token grid, `C` channels, `nW` windows, `M` side of a window, `N` tokens in a window, `*` any
@@ -37,15 +37,6 @@ def cyclic_shift(x: Tensor, shifts: tuple[int, int]) -> Tensor:
 def cyclic_unshift(x: Tensor, shifts: tuple[int, int]) -> Tensor:
     """Undoes `cyclic_shift`."""
     return x if shifts == (0, 0) else x.roll(shifts, dims=(1, 2))
-
-
-def relative_position_index(window: int) -> Tensor:
-    """Returns (N, N): for each pair of tokens in a window, the row of their offset in the table of (2·M-1)² biases."""
-    axis = torch.arange(window)
-    rows, columns = axis.repeat_interleave(window), axis.repeat(window)  # (N,) each
-    row_offset = rows[:, None] - rows[None, :] + window - 1
-    column_offset = columns[:, None] - columns[None, :] + window - 1
-    return row_offset * (2 * window - 1) + column_offset
 
 
 def padded_length(length: int, window: int) -> int:

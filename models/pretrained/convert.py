@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.ops.window import relative_position_index
+from models.ops.position_bias import relative_position_index
 from models.pretrained.key_maps import (
     COORDINATES,
     DERIVED,

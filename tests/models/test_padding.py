@@ -17,7 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import transformers
 
 from models.other_libraries import Logits
-from models.pretrained.convert import DERIVED, strip_prefix, to_original
+from models.pretrained.convert import detect_format, to_original
+from models.pretrained.key_maps import DERIVED
 from models.swin_transformer import SwinTransformer
 from models.swin_transformer_v2 import SwinTransformerV2
 from tests._swin import assert_same_gradients, from_timm, logits_and_gradients, spread
@@ -36,7 +37,7 @@ def images_of(size: tuple[int, int]) -> Tensor:
 
 def renamed(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns weights or gradients of another library under this project's names, without derived buffers."""
-    return {n: v for n, v in to_original(strip_prefix(values)).items() if not n.endswith(DERIVED)}
+    return {n: v for n, v in to_original(detect_format(values)).items() if not n.endswith(DERIVED)}
 
 
 def by_transformers(version: int) -> nn.Module:

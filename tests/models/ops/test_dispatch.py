@@ -14,7 +14,6 @@ from models.ops.window import (
     ShiftedWindows,
     cyclic_shift,
     make_attn_mask,
-    relative_position_index,
     window_partition,
     window_reverse,
 )
@@ -193,14 +192,6 @@ def test_cyclic_shift_moves_up_and_left():
     shifted = cyclic_shift(x, (1, 2))
     for i, j in itertools.product(range(4), range(5)):
         assert shifted[0, i, j] == x[0, (i + 1) % 4, (j + 2) % 5]
-
-
-@pytest.mark.parametrize("window", [1, 2, 3, 7])
-def test_relative_position_index(window: int):
-    index = relative_position_index(window)
-    positions = list(itertools.product(range(window), repeat=2))
-    for (n, (i, j)), (m, (y, x)) in itertools.product(enumerate(positions), repeat=2):
-        assert index[n, m] == (i - y + window - 1) * (2 * window - 1) + (j - x + window - 1)
 
 
 def axis_cells(length: int, window: int, shift: int) -> list[list[int]]:
