@@ -6,7 +6,10 @@ Shapes: `B` batch, `H W` token grid, `C` channels, `M` side of a window, `N` tok
 dimension.
 """
 
+import contextlib
 import functools
+import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,6 +25,7 @@ MAX_TOKENS = 256  # in a window: more do not fit into one tile
 MAX_HEAD_DIM = 64
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
+_max_splits = sys.maxsize  # see `limit_splits`
 
 
 class TileConfig(NamedTuple):
@@ -39,14 +43,24 @@ class TileConfig(NamedTuple):
 
 def tile_config(kernel: str, tokens: int) -> TileConfig:
     """Returns how the kernel of that name cuts windows of `tokens`."""
-    padded_tokens = max(16, triton.next_power_of_2(tokens))
-    if padded_tokens <= 64:
-        return TileConfig(padded_tokens, padded_tokens, num_warps=4, num_stages=2)
+    padded = max(16, triton.next_power_of_2(tokens))
+    if padded <= 64:
+        return TileConfig(padded, padded, num_warps=4, num_stages=2)
     return {
-        "forward": TileConfig(64, padded_tokens, num_warps=4, num_stages=2),
-        "backward_queries": TileConfig(16, padded_tokens, num_warps=4, num_stages=2),
-        "backward_keys": TileConfig(32, padded_tokens, num_warps=8, num_stages=1),
+        "forward": TileConfig(64, padded, num_warps=4, num_stages=2),
+        "backward_queries": TileConfig(16, padded, num_warps=4, num_stages=2),
+        "backward_keys": TileConfig(32, padded, num_warps=8, num_stages=1),
     }[kernel]
+
+
+def resident_programs(kernel: str, tokens: int, shifted: bool) -> int:
+    """Returns how many programs run on one multiprocessor at the same time, by the registers and memory that they need.
+
+    As compiled for compute capability 9.0, heads of 32 and half precision (`tests/models/ops/test_triton_compile.py`).
+    """
+    if kernel == "forward" and tokens <= 64:
+        return 3 if shifted else 4
+    return 1 if kernel == "backward_keys" else 2
 
 
 def unsupported_spec(spec: AttentionSpec) -> str:
@@ -61,18 +75,12 @@ def unsupported_spec(spec: AttentionSpec) -> str:
 
 
 def map_geometry(qkv: Tensor, window: int, shift_h: int, shift_w: int) -> tuple[int, ...]:
-    """Returns the map's description for the kernels.
-
-    Windows in all, in an image and in a row of it; H, W; both padded to whole windows; the shift; C.
-    """
+    """Returns the map's description for the kernels: B, the rows and columns of windows, the shift, C."""
     B, H, W, _, num_heads, head_dim = qkv.shape
-    rows, columns = -(-H // window), -(-W // window)
-    per_image = rows * columns
-    padded = rows * window, columns * window
-    return B * per_image, per_image, columns, H, W, *padded, shift_h, shift_w, num_heads * head_dim
+    return B, H // window, W // window, shift_h, shift_w, num_heads * head_dim
 
 
-def constexprs(kernel: str, window: int, head_dim: int, masked: bool, cosine: bool) -> dict[str, int | bool]:
+def constexprs(kernel: str, window: int, head_dim: int, shifted: bool, cosine: bool) -> dict[str, int | bool]:
     """Returns the compile-time constants of the kernel of that name."""
     tile = tile_config(kernel, window**2)
     return {
@@ -81,7 +89,7 @@ def constexprs(kernel: str, window: int, head_dim: int, masked: bool, cosine: bo
         "D_PADDED": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK": tile.block,
         "N_PADDED": tile.padded_tokens,
-        "MASKED": masked,
+        "SHIFTED": shifted,
         "COSINE": cosine,
     }
 
@@ -99,27 +107,38 @@ def launch(
 
     The head varies fastest: the heads of a token are adjacent in memory, and are then read at the same time.
     """
-    _, H, W, _, num_heads, head_dim = qkv.shape
+    num_heads, head_dim = qkv.shape[4:]
     tile = tile_config(kernel, window**2)
-    masked = any(shifts) or H % window > 0 or W % window > 0
     with torch.cuda.device_of(qkv):
         getattr(kernels, kernel)[num_heads, triton.cdiv(window**2, tile.block), splits](
             *arguments,
             *map_geometry(qkv, window, *shifts),
-            **constexprs(kernel, window, head_dim, masked, cosine),
+            **constexprs(kernel, window, head_dim, any(shifts), cosine),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
 
 
-def num_splits(kernel: str, qkv: Tensor, window: int, programs_per_processor: int) -> int:
+def num_splits(kernel: str, qkv: Tensor, window: int, shifted: bool) -> int:
     """Returns into how many splits the windows are divided, so that all programs run at the same time."""
-    B, H, W, _, num_heads, _ = qkv.shape
-    blocks = triton.cdiv(window**2, tile_config(kernel, window**2).block)
-    programs = programs_per_processor
+    B, rows, columns = map_geometry(qkv, window, 0, 0)[:3]
+    processors = 4  # in the interpreter
     if qkv.device.type == "cuda":
-        programs *= torch.cuda.get_device_properties(qkv.device).multi_processor_count
-    return min(B * -(-H // window) * -(-W // window), max(1, programs // (num_heads * blocks)))
+        processors = torch.cuda.get_device_properties(qkv.device).multi_processor_count
+    programs = processors * resident_programs(kernel, window**2, shifted)
+    blocks = triton.cdiv(window**2, tile_config(kernel, window**2).block)
+    return min(B * rows * columns, max(1, programs // (qkv.shape[4] * blocks)), _max_splits)
+
+
+@contextlib.contextmanager
+def limit_splits(number: int) -> Iterator[None]:
+    """Divides the windows into at most `number` splits, so that programs of a small input have several windows."""
+    global _max_splits
+    previous, _max_splits = _max_splits, number
+    try:
+        yield
+    finally:
+        _max_splits = previous
 
 
 @torch.library.custom_op("swin::window_attention", mutates_args=())
@@ -135,7 +154,7 @@ def attend(
     """
     qkv, bias = qkv.contiguous(), bias.contiguous()
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5])
-    splits = num_splits("forward", qkv, window, programs_per_processor=16)
+    splits = num_splits("forward", qkv, window, shift_h > 0 or shift_w > 0)
     arguments = qkv, bias, bias if head_scales is None else head_scales, scale, out
     launch("forward", qkv, window, splits, *arguments, shifts=(shift_h, shift_w), cosine=head_scales is not None)
     return out
@@ -157,17 +176,18 @@ def attend_backward(
     num_heads, tokens = qkv.shape[4], window**2
     tile = tile_config("backward_queries", tokens)
     blocks, single_tile = triton.cdiv(tokens, tile.block), tile.block == tile.padded_tokens
-    splits = num_splits("backward_queries", qkv, window, programs_per_processor=4)
+    splits = num_splits("backward_queries", qkv, window, shift_h > 0 or shift_w > 0)
     grad_qkv = torch.empty_like(qkv)
     grad_bias = bias.new_empty(splits, *bias.shape)
     grad_scales = bias.new_empty(0 if head_scales is None else (splits, blocks, num_heads))
-    num_windows = map_geometry(qkv, window, shift_h, shift_w)[0]
-    stats = bias if single_tile else bias.new_empty(num_windows, num_heads, 2, tokens)  # a single tile writes none
+    B, rows, columns = map_geometry(qkv, window, shift_h, shift_w)[:3]
+    # A single tile writes no statistics.
+    stats = bias if single_tile else bias.new_empty(B * rows * columns, num_heads, 2, tokens)
     arguments = grad_out, qkv, bias, bias if head_scales is None else head_scales, scale, grad_qkv
     start = functools.partial(launch, shifts=(shift_h, shift_w), cosine=head_scales is not None)
     start("backward_queries", qkv, window, splits, *arguments, grad_bias, grad_scales, stats)
     if not single_tile:
-        splits = num_splits("backward_keys", qkv, window, programs_per_processor=8)
+        splits = num_splits("backward_keys", qkv, window, shift_h > 0 or shift_w > 0)
         start("backward_keys", qkv, window, splits, *arguments, stats)
     return grad_qkv, grad_bias.sum(0), grad_scales if head_scales is None else grad_scales.sum((0, 1))
 

@@ -49,7 +49,7 @@ def test_by_the_interpreter(markers: str):
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed >= (14 if markers == "not slow" else 12), done.stdout
+    assert passed >= (25 if markers == "not slow" else 12), done.stdout
 
 
 CASES = [
@@ -75,6 +75,34 @@ def test_values_and_gradients(case: AttentionCase, dtype: torch.dtype):
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large_windows(case: AttentionCase):
     assert_matches_definition(attend, case, torch.float16 if case.cosine else torch.float32, DEVICE)
+
+
+@kernels()
+@pytest.mark.parametrize(
+    ("case", "num_splits"),
+    [
+        (AttentionCase(3, (6, 9), False, head_dim=8, num_heads=1), 3),  # 12 windows in all
+        (AttentionCase(3, (6, 9), True, head_dim=8, num_heads=1), 2),  # 4 of 12 windows without a mask
+        (AttentionCase(2, (4, 6), True, cosine=True, head_dim=8, num_heads=1, batch_size=3), 3),
+        (AttentionCase(9, (18, 18), True, num_heads=1, head_dim=8), 2),  # several tiles
+    ],
+    ids=str,
+)
+def test_many_windows_a_program(case: AttentionCase, num_splits: int, monkeypatch):
+    """The loop over windows, with its mask and the sums that it accumulates, and the sum over splits."""
+    from models.ops import triton_attention
+
+    monkeypatch.setattr(triton_attention, "num_splits", lambda *arguments: num_splits)
+    assert_matches_definition(attend, case, torch.float32, DEVICE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cosine", [False, True], ids=["products", "cosines"])
+def test_many_images(cosine: bool, dtype: torch.dtype):
+    """As in training: some 20 windows for each program, at the splits that are chosen for the GPU."""
+    assert_matches_definition(attend, AttentionCase(4, (8, 8), True, cosine, batch_size=1200), dtype, DEVICE)
 
 
 @kernels(pytest.mark.slow)
@@ -173,6 +201,29 @@ def test_selected_on_a_gpu_under_autocast(caplog):
 
 
 SPEC = AttentionSpec("cpu", torch.float32, 2, 8, False, True, False, True)
+
+
+@kernels()
+@pytest.mark.parametrize("broken", ["masked", "unmasked", "accumulated"])
+def test_self_test_covers_the_loop_over_windows(broken: str, monkeypatch):
+    """Each error is only visible in some windows, or where a program has more than one."""
+    from models.ops import triton_attention
+
+    spec = SPEC._replace(device=DEVICE)
+    launch = triton_attention.launch
+
+    def launch_wrongly(kernel: str, qkv, window: int, splits: int, *arguments, shifts, cosine: bool) -> None:
+        launch(kernel, qkv, window, splits, *arguments, shifts=shifts, cosine=cosine)
+        assert splits == 3
+        if kernel == "forward" and broken == "masked" and any(shifts):
+            arguments[-1][:, -1, -1] += 1  # a token of the last window
+        if kernel == "forward" and broken == "unmasked" and not any(shifts):
+            arguments[-1][:, 0, 0] += 1
+        if kernel == "backward_queries" and broken == "accumulated":
+            arguments[6][1:] = 0  # the sums of all programs but the first
+
+    monkeypatch.setattr(triton_attention, "launch", launch_wrongly)
+    assert "wrong on this machine" in triton_check.self_test(spec)
 
 
 @kernels()
