@@ -58,7 +58,7 @@ def spread(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter.device)
             if name.endswith(("relative_position_bias_table", "absolute_pos_embed")):
                 parameter.copy_(0.5 * noise)
             elif parameter.ndim == 1:
@@ -90,8 +90,8 @@ def logits_and_gradients(model: nn.Module, images: Tensor) -> tuple[Tensor, dict
     """Returns the logits and the gradients of a fixed linear function of them."""
     model.zero_grad()
     logits = model(images)
-    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
-    (logits * direction).sum().backward()
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), device="cpu")
+    (logits * direction.to(logits.device)).sum().backward()
     return logits.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 

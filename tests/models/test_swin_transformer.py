@@ -136,6 +136,16 @@ def test_sizes_of_the_paper(size, img_size, window, m_params, g_macs, params, ma
     assert macs / 1e9 == pytest.approx(g_macs, abs=0.09)
 
 
+def test_random_numbers_of_the_tests_do_not_depend_on_the_default_device():
+    """On a GPU, a test may build its tensors under `torch.device("cuda")`; a generator of the CPU cannot draw there."""
+    model = spread(small())
+    logits, gradients = logits_and_gradients(model, IMAGE)
+    with torch.device("meta"):
+        other_logits, other_gradients = logits_and_gradients(spread(model), IMAGE)
+    assert torch.equal(other_logits, logits)
+    assert all(torch.equal(gradient, gradients[name]) for name, gradient in other_gradients.items())
+
+
 def test_counting_does_not_change_the_model():
     model = small()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
