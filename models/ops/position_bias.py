@@ -33,6 +33,12 @@ def pairs_by_offset(window: int) -> Tensor:
     return pairs.where(inside, window**4).int()
 
 
+class GatherContext(FunctionCtx):
+    """The type of the context that PyTorch passes to the two functions below."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+
 class GatherBias(torch.autograd.Function):
     """Maps a table (T, nH) to the bias (nH, N, N): every window reads it, so it is made contiguous once."""
 
@@ -42,11 +48,11 @@ class GatherBias(torch.autograd.Function):
         return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1).contiguous()
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: GatherContext, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_bias: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: GatherContext, grad_bias: Tensor) -> tuple[Tensor, None, None]:
         index, pairs = ctx.saved_tensors
         if grad_bias.device.type == "cpu" and not torch.compiler.is_compiling():
             # Added one after the other: faster on a CPU, and the bits of the plain gradient with one thread.
