@@ -56,12 +56,12 @@ _C.MODEL.TYPE = "swin"  # model family: swin (V1) | swinv2 | swin_mlp | timm (th
 _C.MODEL.NAME = "swin_tiny_patch4_window7_224"  # name of the model; part of the run's folder OUTPUT/NAME/TAG
 _C.MODEL.PRETRAINED = ""  # weights to start a new run from, or to evaluate; '' = random initialization
 _C.MODEL.PRETRAINED_EMA = "auto"  # of a file that holds an average too: auto (what it says is better) | model | ema
-_C.MODEL.RESUME = ""  # checkpoint to continue from; takes precedence over PRETRAINED and the run's folder
+_C.MODEL.RESUME = ""  # checkpoint to start from; ignored once the run in its folder has started from it
 _C.MODEL.NUM_CLASSES = 1000  # outputs of the head; 0 = number of classes in the data; unset with imagenet22K: 21841
 _C.MODEL.DROP_RATE = 0.0  # dropout probability after the embedding and in projections and MLPs
 _C.MODEL.ATTN_DROP_RATE = 0.0  # dropout probability of attention weights
 _C.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth: drop probability of the last block; linear from 0 at the first
-_C.MODEL.DROP_PATH_SKIP = False  # compute only the samples that stochastic depth keeps: faster; as many in every batch
+_C.MODEL.DROP_PATH_SKIP = False  # drop a fixed number of samples per batch and do not compute them: faster
 _C.MODEL.LABEL_SMOOTHING = 0.1  # share of a label that is spread evenly over all classes
 _C.MODEL.ATTN = "auto"  # window attention: auto (fastest available) | reference | sdpa | triton (CUDA) | native (CPU)
 
@@ -120,7 +120,7 @@ _C.TRAIN.LAYER_DECAY = 1.0  # learning rate of each layer relative to the layer 
 _C.TRAIN.EMA_DECAY = 0.0  # decay per step of a moving average of the weights, which is evaluated too; 0 = none
 _C.TRAIN.MAX_BAD_STEPS = 10  # steps in a row with a non-finite loss or gradient before the run stops
 _C.TRAIN.PARALLEL = "ddp"  # with several processes: ddp (each has the whole model) | fsdp (they share one sharded copy)
-_C.TRAIN.BEST_METRIC = "auto"  # metric by which best.pth is chosen: auto (the task's main metric) | acc1 | acc5 | loss
+_C.TRAIN.BEST_METRIC = "auto"  # metric that selects best.pth: auto (the task's main one) | acc1 | acc5 | loss
 _C.TRAIN.COMPILE = "auto"  # compile the model with torch.compile: auto (training on a GPU) | True | False
 _C.TRAIN.CUDA_GRAPHS = False  # experimental: never run on a GPU. With COMPILE: replay each step as one CUDA graph
 _C.TRAIN.BF16_PARAMS = False  # experimental: never run on a GPU. bfloat16 matrices, float32 masters in the optimizer

@@ -18,7 +18,7 @@ LINEAR_FINAL_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rates per 512 images, and points in time counted in steps."""
+    """Learning rates at this run's global batch size, and points in time counted in steps."""
 
     name: str  # cosine | linear | step | multistep
     base_lr: float

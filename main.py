@@ -48,7 +48,7 @@ from utils.tracking import logger
 # By then torchrun has ended the processes that would only repeat rank 0's message.
 OTHER_RANKS_DELAY_SECONDS = 5
 
-LESS_MEMORY = (
+TRAIN_LESS_MEMORY = (
     "a smaller --batch-size with as many --accumulation-steps more (the same global batch), or --use-checkpoint; with "
     "--allow-config-change when resuming a run"
 )
@@ -174,7 +174,7 @@ def run(config: CfgNode, allow_config_change: bool) -> ExitCode | None:
                 return ExitCode.INTERRUPTED if interrupted else None
             return None
     except (MemoryError, RuntimeError, OSError) as error:
-        user_error = as_user_error(error, LESS_MEMORY)
+        user_error = as_user_error(error, TRAIN_LESS_MEMORY)
         if user_error is None:
             raise
         raise user_error from error

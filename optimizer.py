@@ -71,7 +71,7 @@ def parameter_groups(model: ParamGroupModel, weight_decay: float, layer_decay: f
 
 
 def build_optimizer(config: CfgNode, model: ParamGroupModel) -> torch.optim.Optimizer:
-    """Builds AdamW, or SGD with Nesterov momentum. The learning rate is set before every step.
+    """Builds AdamW, or SGD with Nesterov momentum. `engine.train_step.train_steps` sets the learning rate.
 
     Both are PyTorch's fused ones, which skip a step if a tensor on the device says so, without waiting for it.
     """

@@ -20,9 +20,10 @@ from yacs.config import CfgNode
 
 from benchmarks.timing import interleave
 from config import get_config
-from data.build import TrainBatches, build_datasets, val_batches
+from data.build import build_datasets
 from data.datasets.base import Images
 from data.transforms.reference import eval_transform
+from tasks.build import train_batches, val_batches
 from utils.distributed.process_group import DistInfo
 
 SIZE = 224
@@ -143,7 +144,7 @@ def own_train(root: Path, backend: str, *opts: object) -> OpenPipeline:
     def open_batches(batch_size: int, workers: int) -> Batches:
         config = own_config(root, batch_size, workers, backend, *opts)
         data = build_datasets(config, DIST_INFO)
-        return TrainBatches(config, data, DIST_INFO, 0, ENDLESS * batch_size).loader.started()
+        return train_batches(config, data, DIST_INFO, 0, ENDLESS * batch_size).loader.started()
 
     return open_batches
 

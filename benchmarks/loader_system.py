@@ -21,7 +21,7 @@ from benchmarks.loader_pipelines import DIST_INFO, ENDLESS, OpenPipeline, child_
 from benchmarks.runs import run_main
 from benchmarks.timing import interleave
 from config import get_config
-from data.build import Data, TrainBatches, build_datasets
+from data.build import Data, build_datasets
 from data.datasets.base import FolderImages, open_folder
 from data.datasets.index import Index, Strings, cached
 from data.loader.sampler import epoch_permutation
@@ -30,6 +30,7 @@ from data.transforms.reference import train_transform
 from engine.setup import build_components
 from engine.throughput import images_per_second, seconds_for
 from engine.train_step import TrainComponents, TrainState, train_steps
+from tasks.build import train_batches
 from utils.distributed.process_group import DistInfo
 from utils.paths import REPO_ROOT
 from utils.table import Column, Table
@@ -85,7 +86,7 @@ def memory_table(root: Path, batch_size: int, workers: int) -> Table:
     for repeat in (1, -(-IMAGENET // len(small))):
         images = _repeat_images(small, repeat)
         index = images.index
-        batches = TrainBatches(
+        batches = train_batches(
             config, Data(images, images, images.num_classes, None), DIST_INFO, 0, ENDLESS * batch_size
         )
         with batches.loader.started() as iterator:
@@ -120,7 +121,7 @@ imported = time.time()
 config = own_config({data!r}, {batch_size}, {workers}, "native")
 data = build_datasets(config, DIST_INFO)
 indexed = time.time()
-batches = iter(TrainBatches(config, data, DIST_INFO, 0, 100 * {batch_size}))
+batches = iter(train_batches(config, data, DIST_INFO, 0, 100 * {batch_size}))
 next(batches)
 print(len(data.train), imported, indexed, time.time())
 batches.close()
@@ -212,7 +213,7 @@ def train_throughput(root: Path, backends: Sequence[str], workers: int, updates:
         batch_size = config.DATA.BATCH_SIZE
         data = build_datasets(config, dist_info)
         components = build_components(config, dist_info, data)
-        batches = TrainBatches(config, data, dist_info, 0, ENDLESS * batch_size)
+        batches = train_batches(config, data, dist_info, 0, ENDLESS * batch_size)
         stream = iter(batches)
         batch = next(stream)
         data_wait = partial(getattr, batches, "wait_seconds")

@@ -157,18 +157,16 @@ class TrainBatches:
         dist_info: DistInfo,
         start_samples: int,
         stop_samples: int,
-        transform: Transform | None = None,
-        mixer: Mixer | None = None,
+        *,
+        transform: Transform,
+        mixer: Mixer | None,
     ):
-        """`transform` and `mixer` are the task's; without a transform both are as the configuration's AUG keys say.
+        """`transform` and `mixer` are the task's.
 
         Raises:
-            UserError: an odd DATA.BATCH_SIZE with mixing.
             ValueError: start to stop is not a whole number of micro-batches of all processes.
         """
         images = data.train_images
-        if transform is None:
-            transform, mixer = build_train_transform(config), build_mixup(config, data.num_classes)
         prepare = prepare_train(config.DATA.BACKEND, transform)
         labelled = LabelledImage(prepare, config.DATA.EXIF_ORIENTATION)
         samples = TrainSamples(images, labelled, config.SEED, config.DATA.MAX_BAD_IMAGES)
@@ -280,11 +278,6 @@ class ValBatches:
                 if len(batch["image"]):
                     batch = self.loader.to_device(batch)
                     yield {"image": batch["image"], "target": batch["target"]}
-
-
-def val_batches(config: CfgNode, data: Data, dist_info: DistInfo, weight_format: str = "original") -> ValBatches:
-    """The validation images as `build_eval_preset(config, weight_format)` prepares them."""
-    return ValBatches(config, data, dist_info, build_eval_preset(config, weight_format))
 
 
 def model_inputs(config: CfgNode) -> InputConfig:

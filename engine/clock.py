@@ -12,7 +12,7 @@ class Clock:
     state: TrainState
     num_images: int  # in an epoch
     global_batch_size: int
-    last_step_images: int  # the global batch size of the step before this start, which may be another
+    last_step_images: int  # global batch size stored in the checkpoint; may differ from this start's
     total_steps: int
     epochs: int
     val_freq: int  # epochs between two evaluations
@@ -33,7 +33,7 @@ class Clock:
 
     @property
     def epoch_ended(self) -> bool:
-        """Whether the last step completed an epoch."""
+        """Whether the step that was just made completed an epoch."""
         return self.epoch > (self.state.images_seen - self.global_batch_size) // self.num_images
 
     @property

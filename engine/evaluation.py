@@ -45,7 +45,7 @@ def evaluate(components: TrainComponents, task: Task, batches: Iterable[Batch]) 
     return evaluator.result()
 
 
-def evaluate_with_average(components: TrainComponents, val: Callable[[], Iterable[Batch]]) -> dict[str, float]:
+def evaluate_model_and_ema(components: TrainComponents, val: Callable[[], Iterable[Batch]]) -> dict[str, float]:
     """Returns the metrics of the model, and with the prefix `ema_` those of its average, each over a pass of `val()`.
 
     The loss is named `val_loss`. A collective call.

@@ -13,7 +13,8 @@ from engine.setup import check_same_class_names, load_pretrained, read_pretraine
 from engine.train_step import TrainComponents, TrainState
 from lr_scheduler import build_schedule
 from models.pretrained.download import resolve_weights
-from utils.checkpoint.io import CheckpointFolder, read_checkpoint
+from utils.checkpoint.folder import CheckpointFolder
+from utils.checkpoint.io import read_checkpoint
 from utils.checkpoint.schema import validate_checkpoint
 from utils.distributed.process_group import DistInfo, broadcast_from_main, local_rank_zero_first
 from utils.errors import UserError
@@ -22,7 +23,7 @@ from utils.tracking.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
-# Where both are unchanged, another number of ranks keeps the global batch size by other accumulation steps.
+# If neither changed, another world size adapts the accumulation steps to keep the global batch size.
 _BATCH_KEYS = (("DATA", "BATCH_SIZE"), ("TRAIN", "ACCUMULATION_STEPS"))
 
 
@@ -59,7 +60,7 @@ def open_run_dir(run_dir: RunDir, checkpoints: CheckpointFolder, config: CfgNode
         raise UserError(
             f"{run_dir.path}: cannot be used ({error}). Give another folder with --output or --tag"
         ) from error
-    if not config.TRAIN.AUTO_RESUME and not config.MODEL.RESUME and checkpoints.last.exists():
+    if not config.TRAIN.AUTO_RESUME and not config.MODEL.RESUME and checkpoints.has_any:
         raise UserError(
             f"{run_dir.path} holds a run, and TRAIN.AUTO_RESUME is off. Give this run a name of its own with --tag, or "
             "name the checkpoint to resume from with --resume"
@@ -86,25 +87,18 @@ def load_resume_checkpoint(
     return point
 
 
-# The order decides:
-# 1. --resume FILE, unless the run in this folder itself began from FILE: the same command then resumes the run.
-# 2. The newest readable checkpoint in the folder, with TRAIN.AUTO_RESUME.
-# 3. --resume FILE: the run begins from it.
+# The first of these that exists (docs/RESUME.md):
+# 1. --resume FILE, unless the run in this folder has started from FILE before: the same command then resumes the run.
+# 2. The newest readable checkpoint in the folder (CheckpointFolder.newest), with TRAIN.AUTO_RESUME.
+# 3. --resume FILE.
 # 4. None: pretrained weights or random ones.
 def _choose_checkpoint(config: CfgNode, run_dir: RunDir, checkpoints: CheckpointFolder) -> ResumePoint | None:
     requested = config.MODEL.RESUME
-    if requested and requested != _began_from(run_dir):
+    if requested and requested not in (launch.get("resumed_from") for launch in run_dir.launches()):
         return _read(requested)
     if config.TRAIN.AUTO_RESUME and (newest := checkpoints.newest()):
         return ResumePoint(str(newest[0]), newest[1])
     return _read(requested) if requested else None
-
-
-def _began_from(run_dir: RunDir) -> str:
-    """MODEL.RESUME of the run in the folder, "" where there is none."""
-    if not run_dir.config_file.exists():
-        return ""
-    return parse(run_dir.config_file.read_text(), str(run_dir.config_file)).MODEL.RESUME
 
 
 def _read(path: str) -> ResumePoint:

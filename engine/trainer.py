@@ -1,6 +1,6 @@
 """Training: from wherever the run in its folder stopped to its last epoch.
 
-From the outside in: `train` → `_train_locked` → `Trainer.fit` → `engine.train_step.train_steps`.
+From the outside in: `train` → `_train_locked` → `Trainer.fit` → `Trainer._loop` → `engine.train_step.train_steps`.
 """
 
 import itertools
@@ -33,10 +33,11 @@ from tasks.build import open_data, train_batches, val_batches
 from tasks.task import Batch, Task
 from utils import interrupt
 from utils.checkpoint.async_saver import AsyncCheckpointer
-from utils.checkpoint.io import CheckpointFolder, not_finite
+from utils.checkpoint.folder import CheckpointFolder
+from utils.checkpoint.io import not_finite
 from utils.checkpoint.schema import FORMAT
 from utils.distributed.preemption import PreemptionHandler
-from utils.distributed.process_group import DistInfo, broadcast_from_main
+from utils.distributed.process_group import DistInfo, broadcast_from_main, raise_on_all_ranks
 from utils.errors import TrainingDiverged, UserError
 from utils.tracking.logger import FILE_ONLY
 from utils.tracking.metric_writer import MetricWriter
@@ -61,15 +62,10 @@ def train(config: CfgNode, dist_info: DistInfo, allow_config_change: bool = Fals
     run_dir = RunDir(Path(config.OUTPUT, config.MODEL.NAME, config.TAG))
     checkpoints = CheckpointFolder(run_dir.checkpoints, config.SAVE_KEEP)
     with ExitStack() as stack:
-        refusal = None
-        if dist_info.is_main:
-            try:
+        with raise_on_all_ranks():
+            if dist_info.is_main:
                 stack.enter_context(run_dir.lock())
                 open_run_dir(run_dir, checkpoints, config)
-            except UserError as error:
-                refusal = str(error)
-        if refusal := broadcast_from_main(refusal):  # all ranks end, instead of waiting for rank 0
-            raise UserError(refusal)
         try:
             return _train_locked(run_dir, checkpoints, config, dist_info, allow_config_change)
         except (UserError, KeyboardInterrupt) as error:  # main.py prints it on the terminal
@@ -96,6 +92,7 @@ def _train_locked(
         _log_plan(train_data, schedule)
         state = resume_or_init(config, dist_info, components, data.class_names, point)
         last_step_images = saved_global_batch_size(point) or train_data.global_batch_size
+        resumed_from = point.path if point else None
         del point  # as large as everything that is trained
 
         clock = Clock(
@@ -114,7 +111,18 @@ def _train_locked(
             return False
         else:
             components = compile_and_wrap(config, dist_info, components)
-            trainer = Trainer(config, dist_info, run_dir, data, train_data, schedule, components, state, clock)
+            trainer = Trainer(
+                config=config,
+                dist_info=dist_info,
+                run_dir=run_dir,
+                resumed_from=resumed_from,
+                data=data,
+                train_data=train_data,
+                schedule=schedule,
+                components=components,
+                state=state,
+                clock=clock,
+            )
             checkpointer = stack.enter_context(closing(AsyncCheckpointer(checkpoints))) if dist_info.is_main else None
             try:
                 done = trainer.fit(preemption, checkpointer)
@@ -154,6 +162,7 @@ class Trainer:
     config: CfgNode
     dist_info: DistInfo
     run_dir: RunDir
+    resumed_from: str | None  # the checkpoint that this start has read
     data: Data
     train_data: TrainDataInfo
     schedule: Schedule
@@ -244,7 +253,7 @@ class Trainer:
         evaluated: dict[str, float] = {}
         if self.clock.eval_due:
             most = broadcast_from_main(len(val))
-            evaluated = evaluation.evaluate_with_average(
+            evaluated = evaluation.evaluate_model_and_ema(
                 self.components, lambda: preemption.iterate_until_stop(val, most)
             )
             if preemption.should_stop(wait=True):
@@ -291,20 +300,16 @@ class Trainer:
 
     def _finish_saving(self, checkpointer: AsyncCheckpointer | None) -> None:
         """Waits for the last save. All ranks raise the same error if it failed."""
-        refusal = None
-        if checkpointer:
-            try:
+        with raise_on_all_ranks():
+            if checkpointer:
                 checkpointer.finish()
-            except UserError as error:
-                refusal = str(error)
-        if refusal := broadcast_from_main(refusal):
-            raise UserError(refusal)
 
     def _open_logger(self) -> TrainLogger:
         state, clock = self.state, self.clock
         self.run_dir.write_config(dump(self.config))
         self.run_dir.record_launch(
             {
+                "resumed_from": self.resumed_from,
                 "images_seen": state.images_seen,
                 "global_batch_size": self.train_data.global_batch_size,
                 "world_size": self.dist_info.world_size,
@@ -345,7 +350,9 @@ def log_results(task: Task, metric: str, run_dir: RunDir, checkpoints: Checkpoin
     if state.best_metric is None:  # EPOCHS was made smaller, and no epoch up to it was due for evaluation
         log.info("no epoch was evaluated (VAL_FREQ); the last checkpoint is %s", checkpoints.last)
         return
-    evaluate = ["python", "main.py", "--cfg", str(run_dir.config_file), "--eval", "--resume", str(checkpoints.best)]
+    # A run that resumed another one's checkpoint, and did not improve on it, has no best.pth of its own.
+    weights = checkpoints.best if checkpoints.best.exists() else checkpoints.last
+    evaluate = ["python", "main.py", "--cfg", str(run_dir.config_file), "--eval", "--resume", str(weights)]
     log.info(
         "best %s\n  log           less %s\n  TensorBoard   tensorboard --logdir %s\n  best weights  %s",
         task.describe(state.best_as(metric)),

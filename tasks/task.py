@@ -29,6 +29,9 @@ class Evaluator(Protocol):
 class Task(nn.Module, ABC):
     """One kind of training. A subclass sets the attributes and implements the methods; see `tasks/classification.py`.
 
+    All computation on parameters goes through `self.model(...)`, which is what is compiled and sharded, and
+    `self.model(images)` works alone, for counting its operations.
+
     Attributes:
         model: everything that is trained, saved and averaged. It offers the optimizer and FSDP what `TrainableModel`
             lists; a model around a backbone forwards them.
@@ -48,7 +51,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, batch: Batch) -> dict[str, Tensor]:
-        """Returns what `Evaluator.add` needs to know of an evaluation batch."""
+        """Returns what `Evaluator.add` needs to know of a batch; also measured as the inference step."""
 
     @abstractmethod
     def evaluator(self, device: torch.device) -> Evaluator:
@@ -64,7 +67,8 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def example_batch(self, size: int, device: torch.device) -> Batch:
-        """Returns `size` random training inputs, through which every parameter gets a gradient.
+        """Returns a random training batch of `size` samples, with `position`, that `predict` accepts too.
 
-        The global random generators are left alone.
+        Through it every parameter gets a gradient, in evaluation mode as well. The global random generators are left
+        alone.
         """

@@ -14,10 +14,10 @@ LAYERS = [  # from the lowest
     {"data.build"},
     {"tasks"},
     {"engine"},
-    {"main", "hubconf", "tools", "benchmarks"},
+    {"main", "tools", "benchmarks"},
 ]
 # Everything else below `engine/` and `tasks/` takes plain arguments.
-CONFIG_READERS = {"config", "main", "hubconf", "data.build", "models.build", "optimizer", "lr_scheduler"}
+CONFIG_READERS = {"config", "main", "data.build", "models.build", "optimizer", "lr_scheduler"}
 CONFIG_READING_PACKAGES = {"utils", "tasks", "engine", "tools", "benchmarks"}
 METRIC_NAMES = ("acc1", "acc5", "top-1", "top-5")
 MAX_LINES = 400

@@ -159,9 +159,8 @@ class BadImageCount:
 class BatchLoader:
     """Makes batches of `samples` in worker processes, in the order of `keys`; with 0 workers in this process.
 
-    A batch is a dict (see data.loader.shared_memory.to_batch). Workers write its arrays into shared buffers, and its
-    buffer is written again while the batch after the next one is fetched. So a batch must be consumed, or copied by
-    `to_device`, before that.
+    A batch is a dict (see data.loader.shared_memory.to_batch). Workers write its arrays into shared buffers: batch n is
+    valid until batch n + 2 is requested. Use it before, or copy it with `to_device`.
     """
 
     def __init__(

@@ -21,6 +21,7 @@ from models.pretrained.convert import (
     to_original,
 )
 from models.pretrained.key_maps import COORDINATES, DERIVED, ORIGINAL
+from utils.config.rules import IMAGENET_22K_CLASSES
 from utils.errors import UserError
 
 BIAS_TABLE = "relative_position_bias_table"
@@ -240,7 +241,7 @@ class _Loading:
             self.report.loaded.extend(own_names)
         else:
             rows = None
-            if classes == 21841 and own_classes == 1000:  # by synset, even if `other_classes`
+            if classes == IMAGENET_22K_CLASSES and own_classes == 1000:  # by synset, even if `other_classes`
                 rows = imagenet_22k_rows(class_names or ImageNetInfo("imagenet-1k").label_names())
             self._add_converted_head(own_names, rows)
 

@@ -24,9 +24,9 @@ from data.build import (
     build_eval_preset,
     build_mixup,
     build_train_transform,
-    val_batches,
 )
 from data.loader.loader import explain_worker_crash
+from tasks.build import train_batches, val_batches
 from tests._images import EVALUATE, age, data_config, draw, encode, process, write_splits
 from tools import pack_dataset
 from utils.errors import UserError
@@ -48,7 +48,7 @@ def user_cache(tmp_path_factory, monkeypatch):
 
 def train(root, start, stop, *opts, rank=0, world_size=1):
     config = data_config(root, *opts)
-    return TrainBatches(config, build_datasets(config, process()), process(rank, world_size), start, stop)
+    return train_batches(config, build_datasets(config, process()), process(rank, world_size), start, stop)
 
 
 def digests(batches):
@@ -179,7 +179,7 @@ def test_bad_image_is_replaced_by_the_next_with_its_own_label(tmp_path, caplog):
     root = with_truncated(tmp_path, "train/ant/007.jpg", "train/ant/008.jpg")
     config = data_config(root, "DATA.MAX_BAD_IMAGES", 2)
     data = build_datasets(config, process())
-    batches = TrainBatches(config, data, process(), 0, 3 * 28, transform=mean_color)
+    batches = TrainBatches(config, data, process(), 0, 3 * 28, transform=mean_color, mixer=None)
     received = list(batches)
     colours = torch.cat([batch["image"] for batch in received])
     targets = torch.cat([batch["target"] for batch in received])
@@ -239,7 +239,7 @@ class KillingImages:
 def test_killed_worker_is_named():
     config = data_config("x", "DATA.NUM_WORKERS", 2)
     data = Data(KillingImages(), KillingImages(), 2, None)
-    for batches in (TrainBatches(config, data, process(), 0, 8), val_batches(config, data, process())):
+    for batches in (train_batches(config, data, process(), 0, 8), val_batches(config, data, process())):
         with pytest.raises(UserError, match=r"DataLoader worker.*DATA.NUM_WORKERS \(\d\).*--opts DATA.NUM_WORKERS"):
             list(batches)
 
@@ -271,7 +271,7 @@ def test_other_errors_are_not_explained_as_a_dead_worker():
 def test_training_needs_training_data(root):
     config = data_config(root, *EVALUATE)
     with pytest.raises(ValueError, match="evaluation only"):
-        TrainBatches(config, build_datasets(config, process()), process(), 0, 4)
+        train_batches(config, build_datasets(config, process()), process(), 0, 4)
 
 
 def test_a_task_chooses_transform_mixing_and_preset(root):
@@ -281,7 +281,7 @@ def test_a_task_chooses_transform_mixing_and_preset(root):
     transform, mixer = build_train_transform(config), build_mixup(config, data.num_classes)
     chosen = TrainBatches(config, data, process(), 0, 16, transform=transform, mixer=mixer)
     assert digests(chosen) == digests(train(root, 0, 16))
-    unmixed = TrainBatches(config, data, process(), 0, 16, transform=transform)
+    unmixed = TrainBatches(config, data, process(), 0, 16, transform=transform, mixer=None)
     assert digests(unmixed) == digests(train(root, 0, 16, "AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0))
     chosen = ValBatches(config, data, process(), build_eval_preset(config, "hf"))
     for a, b in zip(chosen, val_batches(config, data, process(), "hf"), strict=True):
@@ -331,7 +331,7 @@ def test_exif_orientation_in_all_backends(tmp_path):
     def images(name, backend, *opts):
         config = data_config(tmp_path / name, "DATA.BACKEND", backend, *opts)
         data = build_datasets(config, process())
-        batches = [*TrainBatches(config, data, process(), 0, 8), *val_batches(config, data, process())]
+        batches = [*train_batches(config, data, process(), 0, 8), *val_batches(config, data, process())]
         return torch.cat([batch["image"].float() for batch in batches])
 
     turn = ("DATA.EXIF_ORIENTATION", True)

@@ -14,7 +14,7 @@ from engine.resume import (
     load_resume_checkpoint,
     suggest_batch_flags,
 )
-from utils.checkpoint.io import CheckpointFolder
+from utils.checkpoint.folder import CheckpointFolder
 from utils.distributed.process_group import DistInfo
 from utils.tracking.run_dir import RunDir
 
@@ -90,8 +90,8 @@ def test_a_named_checkpoint_wins_over_the_folder(run_dir, checkpoints, other):
 
 
 def test_a_run_that_began_from_a_named_checkpoint_resumes_itself(run_dir, checkpoints, other):
-    config = get_config(None, ["MODEL.RESUME", str(other)])
-    run_dir.write_config(dump(config))
+    run_dir.record_launch({"resumed_from": str(other)})
+    run_dir.record_launch({"resumed_from": None})  # a later start without the flag changes nothing
     assert choose(run_dir, checkpoints, "MODEL.RESUME", str(other)).path == str(other)  # nothing saved yet
     checkpoints.save(contents(104))
     assert choose(run_dir, checkpoints, "MODEL.RESUME", str(other)).path == str(checkpoints.last)

@@ -86,7 +86,7 @@ def test_training_mode_is_set_once_and_restored_by_an_evaluation(monkeypatch: py
         modes.append(components.task.model.drop.training)
         if step == 2:
             before = len(calls)
-            evaluation.evaluate_with_average(components, lambda: make_batches(1))
+            evaluation.evaluate_model_and_ema(components, lambda: make_batches(1))
             assert not components.ema.module.training
             del calls[before:]
     assert modes == [True] * 5 and components.task.model.drop.training

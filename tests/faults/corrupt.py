@@ -20,7 +20,8 @@ import torch
 from tests._forked import forked
 from tests._report import Report
 from tests._tiny import run_main, write_images, write_recipe
-from utils.checkpoint.io import CheckpointFolder, read_checkpoint
+from utils.checkpoint.folder import CheckpointFolder
+from utils.checkpoint.io import read_checkpoint
 from utils.errors import UserError
 
 RESUME_EVERY = 25  # one case in 25 is resumed by main.py

@@ -28,7 +28,8 @@ from tests._forked import Outcome, forked
 from tests._report import Report
 from tests._tiny import run_main, write_images, write_recipe
 from tests.faults.corrupt import TIMEOUT_SECONDS, same
-from utils.checkpoint.io import CheckpointFolder, read_checkpoint
+from utils.checkpoint.folder import CheckpointFolder
+from utils.checkpoint.io import read_checkpoint
 from utils.errors import UserError
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.ESTALE)

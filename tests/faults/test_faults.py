@@ -13,7 +13,8 @@ import torch
 from data.loader.sampler import StreamSampler
 from engine.resume import suggest_batch_flags
 from utils.checkpoint.async_saver import AsyncCheckpointer
-from utils.checkpoint.io import CheckpointFolder, read_checkpoint
+from utils.checkpoint.folder import CheckpointFolder
+from utils.checkpoint.io import read_checkpoint
 from utils.errors import UserError
 from utils.paths import REPO_ROOT
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from utils.checkpoint.io import CheckpointFolder
+from utils.checkpoint.folder import CheckpointFolder
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)

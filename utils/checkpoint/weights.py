@@ -21,7 +21,7 @@ _ENTRIES = {
 WEIGHT_ENTRIES = tuple(name for names in _ENTRIES.values() for name in names)
 _WAY_OUT = {
     "ema": "Leave out --ema (MODEL.PRETRAINED_EMA)",
-    "model": "Set MODEL.PRETRAINED_EMA to ema or auto, or leave out --no-ema",
+    "model": "Take the averaged ones: --ema (MODEL.PRETRAINED_EMA)",
 }
 _COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, beside the averaged weights
 

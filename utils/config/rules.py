@@ -25,7 +25,6 @@ CHOICES = {
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
     "TRAIN.PARALLEL": ("ddp", "fsdp"),
-    "TRAIN.BEST_METRIC": ("auto", "acc1", "acc5", "loss"),
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "TEST.PRESET": ("auto", *ORIGINS),

@@ -204,6 +204,18 @@ def broadcast_from_main(value: Value) -> Value:
 
 
 @contextmanager
+def raise_on_all_ranks() -> Iterator[None]:
+    """Runs the body, and raises rank 0's UserError on all ranks, which would otherwise wait for it. Collective."""
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    if message := broadcast_from_main(message):
+        raise UserError(message)
+
+
+@contextmanager
 def local_rank_zero_first(dist_info: DistInfo) -> Iterator[None]:
     """Runs the body on local rank 0 first, then on the other ranks of its machine: they find its downloads cached."""
     if dist_info.local_rank != 0:

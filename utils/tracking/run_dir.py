@@ -71,6 +71,17 @@ class RunDir:
         """Saves the run's configuration as YAML."""
         write_text(self.config_file, text)
 
+    def launches(self) -> list[dict]:
+        """Returns the launches recorded so far. Incomplete lines are left out."""
+        path = self.path / "starts.jsonl"
+        records = []
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return [record for record in records if isinstance(record, dict)]
+
     def record_launch(self, details: dict) -> None:
         """Appends a line to `starts.jsonl`: time, command, git commit, versions, and `details`."""
         record = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z"), **details, **collect_env()}

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.build import TrainBatches, build_datasets, val_batches
+from data.build import build_datasets
 from data.codecs.crop_decode import OpenedImage
 from data.codecs.pillow_decode import BadImage
 from data.codecs.tiled_jpeg import TiledJpeg, encode
 from data.datasets.packed import INDEX, Pack, open_packed
+from tasks.build import train_batches, val_batches
 from tests._images import age, data_config, draw, process
 from tests._images import encode as encode_plain
 from tools import pack_dataset
@@ -158,7 +159,7 @@ def test_evaluation_batches_equal_those_of_the_source(original, packed):
 def test_backends_and_workers_give_the_same_pixels(packed, workers):
     def batches(*opts):
         full = config(packed, *NO_MIX, *opts)
-        return list(TrainBatches(full, build_datasets(full, process()), process(), 0, 24))
+        return list(train_batches(full, build_datasets(full, process()), process(), 0, 24))
 
     expected = batches("DATA.BACKEND", "reference")
     for a, b in zip(expected, batches("DATA.BACKEND", "auto", "DATA.NUM_WORKERS", workers), strict=True):

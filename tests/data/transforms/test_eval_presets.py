@@ -13,9 +13,10 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
 from config import get_config
-from data.build import build_datasets, val_batches
+from data.build import build_datasets
 from data.transforms.eval_presets import InputConfig, eval_preset, timm_inputs
 from data.transforms.reference import eval_transform, train_transform
+from tasks.build import val_batches
 from tests._images import EVALUATE, data_config, draw, process, write_splits
 from tests.data.transforms.test_reference import RECIPE
 from utils.errors import UserError

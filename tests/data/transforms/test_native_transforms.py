@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from config import differences
-from data.build import TrainBatches, build_datasets, val_batches
+from data.build import build_datasets
 from data.codecs.pillow_decode import BadImage
 from data.native.library import library
 from data.transforms.eval_presets import InputConfig, eval_preset
@@ -24,6 +24,7 @@ from data.transforms.native_transforms import (
     prepare_train,
 )
 from data.transforms.reference import eval_transform, train_transform
+from tasks.build import train_batches, val_batches
 from tests._images import EVALUATE, data_config, draw, encode, process, write_splits
 from tests.data.transforms.test_reference import RECIPE
 from utils.compile_native import CannotBuild
@@ -193,7 +194,7 @@ def images(tmp_path_factory):
 
 def train_images(root, backend, start, *opts) -> list[torch.Tensor]:
     config = data_config(root, "DATA.BACKEND", backend, *opts)
-    batches = TrainBatches(config, build_datasets(config, process()), process(), start, 48)
+    batches = train_batches(config, build_datasets(config, process()), process(), start, 48)
     return [batch["image"].clone() for batch in batches]
 
 

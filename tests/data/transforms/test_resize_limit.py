@@ -6,12 +6,13 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import resize
 
-from data.build import TrainBatches, build_datasets, val_batches
+from data.build import build_datasets
 from data.codecs.pillow_decode import BadImage
 from data.transforms.eval_presets import InputConfig, eval_preset
 from data.transforms.native_transforms import prepare_eval, prepare_train
 from data.transforms.reference import train_transform
 from data.transforms.resize_limit import check_resized, scale_short_side
+from tasks.build import train_batches, val_batches
 from tests._images import EVALUATE, data_config, encode, process, write_splits
 from tests.data.transforms.test_reference import RECIPE
 from utils.errors import UserError
@@ -85,4 +86,4 @@ def test_the_run_names_the_file(tmp_path):
     with pytest.raises(UserError, match="val/bee/thin.png: is too long and thin.*DATA.MAX_BAD_IMAGES"):
         list(val_batches(config, build_datasets(config, process()), process()))
     config = data_config(tmp_path)
-    assert next(iter(TrainBatches(config, build_datasets(config, process()), process(), 0, 4)))["image"].shape[0] == 4
+    assert next(iter(train_batches(config, build_datasets(config, process()), process(), 0, 4)))["image"].shape[0] == 4

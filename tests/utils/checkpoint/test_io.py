@@ -9,7 +9,8 @@ import pytest
 import torch
 from yacs.config import CfgNode
 
-from utils.checkpoint.io import CheckpointFolder, not_finite, read_checkpoint
+from utils.checkpoint.folder import CheckpointFolder
+from utils.checkpoint.io import not_finite, read_checkpoint
 from utils.checkpoint.weights import extract_weights
 from utils.errors import UserError
 

@@ -76,7 +76,7 @@ def test_ranks_save_and_evaluate_the_mean_of_their_statistics(tmp_path: Path, wh
         if when == "save":
             components.state_dict()
         else:
-            evaluation.evaluate_with_average(components, lambda: [])
+            evaluation.evaluate_model_and_ema(components, lambda: [])
         averaged = {name: buffer.clone() for name, buffer in model.named_buffers()}
         return {"own": own, "averaged": averaged, "ema": components.ema.module.model.state_dict()}
 
