@@ -1,7 +1,8 @@
 """Python runs this at its start where `startup/` is on PYTHONPATH, and so in every process of a run on the stand-in.
 
-Nothing is computed there, so the self-test of the attention kernels would call them wrong and choose other code. It is
-made to pass. cuDNN, which the stand-in does not have, is switched off.
+Nothing is computed there, so the self-test of the attention kernels would call them wrong and choose other code, and a
+save would find values that are not finite. Both checks are made to pass. cuDNN, which the stand-in does not have, is
+switched off.
 """
 
 import importlib.abc
@@ -15,11 +16,19 @@ def _accept_triton_kernels(module: ModuleType) -> None:
     module.self_test = lambda *_: ""
 
 
+def _accept_all_values(module: ModuleType) -> None:
+    module.not_finite = lambda contents: None
+
+
 def _without_cudnn(module: ModuleType) -> None:
     module.enabled = False
 
 
-CHANGES = {"models.ops.triton_check": _accept_triton_kernels, "torch.backends.cudnn": _without_cudnn}
+CHANGES = {
+    "models.ops.triton_check": _accept_triton_kernels,
+    "utils.checkpoint.io": _accept_all_values,
+    "torch.backends.cudnn": _without_cudnn,
+}
 
 
 class Loader(importlib.abc.Loader):
