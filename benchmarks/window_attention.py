@@ -122,7 +122,7 @@ def bytes_table(shapes: Sequence[Shape], batch_size: int) -> Table:
 
 
 def seconds_per_call(step: Step, seconds: float, stream: torch.cuda.Stream) -> tuple[float, str]:
-    """Median time of a call of `step` on the GPU over `ROUNDS` runs, which take `seconds` together, and how it was timed.
+    """Median time of a call of `step` on the GPU, over `ROUNDS` runs in `seconds`, and how it was timed.
 
     A kernel can take less time than the CPU needs to launch it, so `CALLS` calls are captured in a CUDA graph and
     replayed with one launch. Where they cannot be captured, they are launched, and the result may be the launch's time.

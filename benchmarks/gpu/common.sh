@@ -4,7 +4,8 @@
 #   beside NAME SECONDS COMMAND...   the same in the background; `join` waits for all of these
 #
 # A part that fails or takes too long stops no other. With DRY_RUN=1 nothing is run: the parts are listed and their limits
-# added up, those that run beside each other by the longest.
+# added up, those that run beside each other by the longest. To try the scripts where nothing is fast, such as on
+# tests/fake_cuda: SMALL=1 measures the demo's model, STRETCH=N multiplies the limits, TESTS names fewer tests.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -21,7 +22,7 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/gpu_session_induc
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/gpu_session_triton}
 
 _run() {
-    local name=$1 limit=$2 before=$SECONDS code
+    local name=$1 limit=$(($2 * ${STRETCH:-1})) before=$SECONDS code
     shift 2
     timeout --kill-after=$grace "$limit" "$@" >"$work/$name.log" 2>&1
     code=$?
@@ -57,7 +58,8 @@ join() {
 }
 # Images/s of one candidate, in a process of its own: step OPTIONS of benchmarks.step. All write to one table.
 step() {
-    "$1" "$2" "$3" "$python" -m benchmarks.step --device cuda --modes training --dtypes bfloat16 "${@:4}"
+    "$1" "$2" "$3" "$python" -m benchmarks.step --device cuda --modes training --dtypes bfloat16 "${@:4}" \
+        ${SMALL:+--models demo --batch-sizes 4}
 }
 compile_beside() { step beside "compile_$1" "$2" --rounds 1 --seconds 0.01 "${@:3}"; }
 time_step() { step part "time_$1" "$2" --rounds 5 --seconds 0.6 --write "$work/step_gpu.md" "${@:3}"; }

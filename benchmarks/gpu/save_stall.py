@@ -1,6 +1,6 @@
 """Measures how long training stands still while it saves, and how long the file takes in the background:
 
-    python -m benchmarks.gpu.save_stall --models swin_tiny swin_base
+python -m benchmarks.gpu.save_stall --models swin_tiny swin_base
 """
 
 import argparse

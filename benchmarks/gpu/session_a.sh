@@ -11,7 +11,7 @@ source "$(dirname "$0")/common.sh"
 LINES_SHOWN=30 part kernels 40 "$python" -m pytest -q -p no:cacheprovider -rfE --tb=short tests/models/ops/test_triton_many_windows.py
 
 # Nothing is timed here: all tests for a GPU, and beside them the compilation of the steps that are timed next.
-LINES_SHOWN=40 beside tests 95 "$python" -m pytest -q -p no:cacheprovider -rfE --tb=short -n "${TEST_WORKERS:-6}" -m gpu tests
+LINES_SHOWN=40 beside tests 95 "$python" -m pytest -q -p no:cacheprovider -rfE --tb=short -n "${TEST_WORKERS:-6}" -m gpu ${TESTS:-tests}
 swin_t=(--models swin_tiny --batch-sizes 256 --compile-modes compiled)
 compile_beside here 95 "${swin_t[@]}" --libraries
 compile_beside timm 95 "${swin_t[@]}" --libraries timm --no-here

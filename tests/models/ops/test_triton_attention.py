@@ -154,8 +154,7 @@ def test_compiles_without_a_break(version: int):
 
 def logits_and_gradients_on(model: torch.nn.Module, images: torch.Tensor):
     """Runs `logits_and_gradients` on DEVICE and returns its results on the CPU."""
-    with torch.device(DEVICE) if DEVICE == "cuda" else torch.autograd.enable_grad():
-        logits, gradients = logits_and_gradients(model, images)
+    logits, gradients = logits_and_gradients(model, images)
     return logits.cpu(), {name: gradient.cpu() for name, gradient in gradients.items()}
 
 
