@@ -82,7 +82,7 @@ if [ -z "${DRY_RUN:-}" ]; then
         exit 2
     fi
     mkdir -p "$work"
-    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
+    command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
     "$python" -c 'import torch, triton, numpy, PIL, timm
 for module in (torch, triton, numpy, PIL, timm): print(module.__name__, module.__version__, end="  ", flush=True)'
     echo

@@ -8,7 +8,8 @@
 source "$(dirname "$0")/common.sh"
 
 # Right first: the kernels with many windows in a program.
-LINES_SHOWN=30 part kernels 40 "$python" -m pytest -q -p no:cacheprovider -rfE --tb=short tests/models/ops/test_triton_many_windows.py
+LINES_SHOWN=30 part kernels 40 "$python" -m pytest -q -p no:cacheprovider -rfE --tb=short \
+    -n "${TEST_WORKERS:-6}" tests/models/ops/test_triton_many_windows.py
 
 # Nothing is timed here: all tests for a GPU, and beside them the compilation of the steps that are timed next.
 LINES_SHOWN=40 beside tests 95 "$python" -m pytest -q -p no:cacheprovider -rfE --tb=short -n "${TEST_WORKERS:-6}" -m gpu ${TESTS:-tests}

@@ -1,4 +1,4 @@
-"""benchmarks/gpu/: time limits of the sessions, what becomes of a part that fails, and the comparison of checkpoints."""
+"""benchmarks/gpu/: time limits of the sessions, what becomes of a part that fails, the comparison of checkpoints."""
 
 import os
 import re
