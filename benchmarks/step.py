@@ -229,7 +229,7 @@ def measure_case(case: BenchmarkCase, builders: Iterator[tuple[str, Build]], opt
     measured = {name: (statistics.median(rates[name]) if name in rates else None, memory[name]) for name in memory}
     for name, (rate, _) in measured.items():
         label = " ".join(map(str, (case.model, case.mode, case.dtype, case.batch)))
-        log.info("%s  %-22s %10.2f images/s", label, name, rate or 0)
+        log.info("%s  %-22s %10.2f images/s  %6.2f GiB", label, name, rate or 0, measured[name][1] or 0)
     return measured
 
 
@@ -334,6 +334,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--libraries", nargs="*", choices=list(LIBRARIES), default=list(LIBRARIES))
     parser.add_argument("--compile-modes", nargs="+", choices=COMPILE_MODES, default=["eager", "compiled"])
     parser.add_argument("--variant", nargs="+", action="append", default=[], metavar="NAME KEY VALUE")
+    parser.add_argument("--no-here", action="store_true", help="without this project's step; its variants remain")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="of each candidate in each round (2)")
     parser.add_argument("--rounds", type=count, default=5, metavar="N", help="medians are taken over these (5)")
@@ -345,7 +346,8 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str] | None) -> int:
     values = vars(build_parser().parse_args(argv))
     path, variants = values.pop("write"), values.pop("variant")
-    values["variants"] = {HERE: []} | {f"{HERE} {name}": opts for name, *opts in variants}
+    here: dict[str, list[str]] = {} if values.pop("no_here") else {HERE: []}
+    values["variants"] = here | {f"{HERE} {name}": opts for name, *opts in variants}
     values["device"] = choose_device(values["device"])
     if path is not None and path.suffix != ".md":
         raise UserError(f"--write {path}: the table is Markdown; give a name that ends in .md")

@@ -9,6 +9,7 @@ gradients written once. Repeated reads within a kernel are not counted, but they
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -32,6 +33,9 @@ IMPLEMENTATIONS = ("reference", "sdpa", "triton")
 HEAD_DIM = 32  # in every released Swin
 BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12}  # bytes/s of the memory, from NVIDIA's data sheets
 ROUNDS = 5
+CALLS = 20  # captured in one graph
+
+log = logging.getLogger(__name__)
 
 
 class Shape(NamedTuple):
@@ -117,9 +121,29 @@ def bytes_table(shapes: Sequence[Shape], batch_size: int) -> Table:
     return table
 
 
-def seconds_per_call(step: Step, seconds: float) -> float:
-    """Median time of a call of `step` on the GPU, over `ROUNDS` runs which take `seconds` together."""
-    return 1 / images_per_second(step, 1, torch.device("cuda"), seconds / ROUNDS, ROUNDS)
+def seconds_per_call(step: Step, seconds: float, stream: torch.cuda.Stream) -> tuple[float, str]:
+    """Median time of a call of `step` on the GPU, over `ROUNDS` runs in `seconds`, and how it was timed.
+
+    A kernel can take less time than the CPU needs to launch it, so `CALLS` calls are captured in a CUDA graph and
+    replayed with one launch. Where they cannot be captured, they are launched, and the result may be the launch's time.
+
+    Args:
+        stream: the one on which the forward pass ran, since a backward pass runs on the same.
+    """
+    device = torch.device("cuda")
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(stream):
+            step()  # compiles, allocates
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(CALLS):
+                step()
+    except RuntimeError as error:
+        log.warning("a call is launched each time, because it cannot be captured: %s", str(error).splitlines()[0])
+        with torch.cuda.stream(stream):
+            return 1 / images_per_second(step, 1, device, seconds / ROUNDS, ROUNDS), "launches"
+    return 1 / images_per_second(graph.replay, CALLS, device, seconds / ROUNDS, ROUNDS), "graph"
 
 
 def gpu_bandwidth() -> tuple[float, str]:
@@ -130,7 +154,8 @@ def gpu_bandwidth() -> tuple[float, str]:
             return speed, f"{speed / 1e12:g} TB/s, from its data sheet"
     source = torch.empty(2**28, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
-    speed = 2 * source.nbytes / seconds_per_call(lambda: target.copy_(source), 0.5)
+    taken, _ = seconds_per_call(lambda: target.copy_(source), 0.5, torch.cuda.Stream())
+    speed = 2 * source.nbytes / taken
     return speed, f"{speed / 1e12:.2f} TB/s, measured by a copy of 1 GiB"
 
 
@@ -139,6 +164,7 @@ def time_table(shapes: Sequence[Shape], batch_size: int, seconds: float) -> Tabl
         Column("windows of"), Column("shifted"), Column("path"),
         Column("forward, ms", ".3f"), Column("of bandwidth", ".0%"), Column("of SDPA's time", ".2f"),
         Column("backward, ms", ".3f"), Column("of bandwidth", ".0%"), Column("of SDPA's time", ".2f"),
+        Column("timed by"),
     ]  # fmt: skip
     table = Table("window_attention", "Window attention alone, measured", columns)
     bandwidth, source = gpu_bandwidth()
@@ -146,20 +172,24 @@ def time_table(shapes: Sequence[Shape], batch_size: int, seconds: float) -> Tabl
         for shifted in (False, True):
             sdpa_times: list[float] = []
             for impl in ("sdpa", "triton"):
-                call = AttentionCall(shape, shifted, impl, batch_size, "cuda")
-                out = call.forward()
+                stream = torch.cuda.Stream()
+                with torch.cuda.stream(stream):
+                    call = AttentionCall(shape, shifted, impl, batch_size, "cuda")
+                    out = call.forward()
                 steps: list[Step] = [call.forward, partial(call.backward, out)]
-                times = [seconds_per_call(step, seconds) for step in steps]
+                timed = [seconds_per_call(step, seconds, stream) for step in steps]
+                times = [taken for taken, _ in timed]
                 sdpa_times = sdpa_times or times
                 row: list[object] = [shape.name, "yes" if shifted else "no", impl]
                 for taken, floor, sdpa in zip(times, call.floor(), sdpa_times, strict=True):
                     row += [taken * 1e3, floor / taken / bandwidth, taken / sdpa]
-                table.rows.append(row)
-                del call, out, steps
+                table.rows.append([*row, ", ".join(dict.fromkeys(how for _, how in timed))])
+                del call, out, steps, timed
                 torch.cuda.empty_cache()
     table.notes += [
         f"{batch_size} maps at a time, bfloat16, heads of {HEAD_DIM}; medians of {seconds:g} s each. Of bandwidth: the "
         f"unavoidable bytes divided by the time, relative to {source}.",
+        f"Timed by: graph, {CALLS} calls replayed as one CUDA graph, without their launches; launches, one by one.",
     ]
     return table
 

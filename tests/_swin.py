@@ -90,8 +90,9 @@ def logits_and_gradients(model: nn.Module, images: Tensor) -> tuple[Tensor, dict
     """Returns the logits and the gradients of a fixed linear function of them."""
     model.zero_grad()
     logits = model(images)
-    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), device="cpu")
-    (logits * direction.to(logits.device)).sum().backward()
+    # Drawn on the CPU and moved: the same numbers for every device.
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), device="cpu").to(logits.device)
+    (logits * direction).sum().backward()
     return logits.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
