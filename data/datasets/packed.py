@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import weakref
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -192,6 +193,8 @@ class _OpenShards:
     def __init__(self, folder: Path, count: int):
         self._arguments = (folder, count)
         self._files = [open(shard_path(folder, number), "rb", buffering=0) for number in range(count)]
+        for file in self._files:
+            weakref.finalize(self, file.close)
 
     def __getitem__(self, number: int) -> int:
         return self._files[number].fileno()

@@ -8,6 +8,7 @@ import logging
 import mmap
 import os
 import struct
+import weakref
 import zipfile
 import zlib
 from array import array
@@ -108,6 +109,7 @@ class ZipImages:
         self.num_classes = int(index.labels.max()) + 1
         self.class_names = index.class_names
         self._file = open(archive, "rb", buffering=0)
+        weakref.finalize(self, self._file.close)
         self._copy: mmap.mmap | None = None
         if cache_mode == "part":
             _read_ahead(self._file.fileno(), local_rank, local_world_size)
@@ -119,6 +121,7 @@ class ZipImages:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state | {"_file": open(state["archive"], "rb", buffering=0)}
+        weakref.finalize(self, self._file.close)
 
     def __len__(self) -> int:
         return len(self.index)

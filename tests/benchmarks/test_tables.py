@@ -100,7 +100,7 @@ def test_table_5_measures_stages_and_models(tmp_path: Path, capsys: pytest.Captu
     variants = ["window (w/o shifting)", "sliding window (kernel)"]
     options = ["--only", *variants, "--models", "T", "--batch-size", "1", "--seconds", "1e-3", "--rounds", "1"]
     assert tables.main(["5", *options, "--device", "cpu", "--output", str(tmp_path)]) == 0
-    kernel, window = csv.DictReader((tmp_path / "table5_cpu.csv").open())
+    kernel, window = csv.DictReader((tmp_path / "table5_cpu.csv").read_text().splitlines())
     assert (kernel["attention"], kernel["S1 (paper)"], kernel["Swin-B, images/s (paper)"]) == (
         variants[1],
         "7.6",

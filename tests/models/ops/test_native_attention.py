@@ -2,7 +2,8 @@
 
 import functools
 import logging
-import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from models.ops import dispatch as ops
 from models.ops import native_attention
 from models.ops.spec import AttentionSpec
 from tests._attention import AttentionCase, assert_matches_definition, output_and_gradients
-from tests._forked import forked
 from tests._swin import assert_same_gradients, logits_and_gradients, small, spread
 from tests._swin_v2 import small_v2, spread_v2
 from utils import compile_native as building
+from utils.paths import REPO_ROOT
 
 SPEC = AttentionSpec("cpu", torch.float32, 7, 32, cosine=False, gradients=True, dropout=False, cyclic=True)
 pytestmark = pytest.mark.skipif(
@@ -93,25 +94,29 @@ def test_a_gradient_that_does_not_fit_is_refused():
             native_attention.attend_backward(grad_out, qkv, bias, None, 1.0, 3, 0, 0)
 
 
+WITHOUT_MEMORY = """
+import resource
+import torch
+from models.ops import native_attention
+
+def arguments(window, head_dim):
+    qkv, bias = torch.zeros(1, window, window, 3, 1, head_dim), torch.zeros(1, window**2, window**2)
+    return qkv, bias, None, 1.0, window, 0, 0
+
+torch.set_num_threads(1)
+native_attention.attend(*arguments(4, 16))  # loads everything
+large = arguments(32, 2048)  # 75 MB for the thread; bias and result have 12 MB
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (40 << 20), resource.RLIM_INFINITY))
+native_attention.attend(*large)
+"""
+
+
 def test_without_memory_for_a_thread_it_raises():
-    """In a child whose memory is limited after a first call has loaded everything."""
-
-    def call() -> int:
-        def prepare(window: int, head_dim: int) -> tuple:
-            qkv, bias = torch.zeros(1, window, window, 3, 1, head_dim), torch.zeros(1, window**2, window**2)
-            return qkv, bias, None, 1.0, window, 0, 0
-
-        torch.set_num_threads(1)
-        native_attention.attend(*prepare(4, 16))
-        large = prepare(32, 2048)  # 75 MB for the thread; bias and result have 12 MB
-        pages = int(open("/proc/self/statm").read().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (40 << 20), resource.RLIM_INFINITY))
-        with pytest.raises(MemoryError, match="not enough memory for the buffers of a thread"):
-            native_attention.attend(*large)
-        return 0
-
-    outcome = forked(call)
-    assert outcome.code == 0, outcome.output
+    """In a new process: one that has run other tests may have freed enough memory."""
+    command = [sys.executable, "-c", WITHOUT_MEMORY]
+    ran = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True)
+    assert ran.returncode == 1 and "MemoryError: not enough memory for the buffers of a thread" in ran.stderr
 
 
 def test_large_scores():
