@@ -18,7 +18,8 @@ from benchmarks.timing import choose_device
 from engine.setup import build_components, compile_and_wrap
 from engine.throughput import training_step
 from utils.checkpoint.async_saver import AsyncCheckpointer
-from utils.checkpoint.folder import CheckpointFolder, not_finite
+from utils.checkpoint.folder import CheckpointFolder
+from utils.checkpoint.io import not_finite
 from utils.checkpoint.schema import FORMAT
 from utils.cli import CliParser, number, run_cli
 from utils.distributed.process_group import DistInfo
