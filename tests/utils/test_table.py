@@ -22,4 +22,8 @@ def test_table_as_text_markdown_and_csv(tmp_path: Path):
     assert "| a\\|b | 1.2 | 1,000 |" in table.markdown() and "| --- | ---: | ---: |" in table.markdown()
     markdown, values = table.save(tmp_path / "new")
     assert markdown.read_text() == table.markdown()
-    assert list(csv.reader(values.open())) == [["name", "value", "count"], ["a|b", "1.25", "1000"], ["c", "", "7"]]
+    assert list(csv.reader(values.read_text().splitlines())) == [
+        ["name", "value", "count"],
+        ["a|b", "1.25", "1000"],
+        ["c", "", "7"],
+    ]

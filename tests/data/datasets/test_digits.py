@@ -48,7 +48,8 @@ def test_split_has_no_overlap(demo):
     for digit in range(10):
         train, val = (len(list((demo / split / str(digit)).iterdir())) for split in ("train", "val"))
         assert abs(val / (val + train) - 0.2) < 0.005
-    assert Image.open(next((demo / "val").rglob("*.jpg"))).size == (32, 32)
+    with Image.open(next((demo / "val").rglob("*.jpg"))) as image:
+        assert image.size == (32, 32)
 
 
 def test_written_images_are_the_scans(demo):

@@ -42,7 +42,7 @@ def test_a_resumed_run_leaves_no_duplicate_points(tmp_path: Path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     assert losses == [1, 2, 3, 4, 5, -6, -7, -8]
-    rows = list(csv.DictReader(open(tmp_path / "summary.csv")))
+    rows = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
     assert [(row["epoch"], row["acc1"]) for row in rows] == [("1", "4.0"), ("2", "88.0")]
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in shown.Scalars("train/loss")] == [
@@ -104,7 +104,10 @@ def test_a_full_disk_is_reported_once_and_when_it_is_over(tmp_path: Path, monkey
     assert sum("written again" in line for line in caplog.messages) == 3
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 4, 4]
-    assert [row["acc1"] for row in csv.DictReader(open(tmp_path / "summary.csv"))] == ["5.0", "6.0"]
+    assert [row["acc1"] for row in csv.DictReader((tmp_path / "summary.csv").read_text().splitlines())] == [
+        "5.0",
+        "6.0",
+    ]
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in shown.Scalars("train/loss")] == [10, 40]
 
