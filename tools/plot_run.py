@@ -11,8 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from utils.cli import CliParser, run_cli, user_path
 from utils.errors import UserError
 from utils.tracking.metric_writer import read_records
@@ -26,6 +24,10 @@ def plot(folder: Path, image: Path) -> None:
     Raises:
         UserError: `folder` contains no run, or `image` cannot be written.
     """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise UserError("matplotlib is not installed: pip install -r requirements-plot.txt") from None
     source = folder / "metrics.jsonl"
     if not source.is_file():
         raise UserError(f"{source}: no such file. Give the folder of a run, such as logs/demo/default")

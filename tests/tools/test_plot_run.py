@@ -1,6 +1,7 @@
 """tools/plot_run.py: the plot of a run, and its errors."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,9 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture):
     write_run(tmp_path, {"acc1": 60.0}, {})
     assert main([str(tmp_path), str(tmp_path / "x.nothing")]) == 2
     assert "Give a path that ends in .png or .svg" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_way_to_install_it_is_named(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert plot_run.main([str(tmp_path), str(tmp_path / "x.png")]) == 2
+    assert "pip install -r requirements-plot.txt" in capsys.readouterr().err
