@@ -53,5 +53,5 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture):
 
 def test_without_matplotlib_the_way_to_install_it_is_named(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert plot_run.main([str(tmp_path), str(tmp_path / "x.png")]) == 2
+    assert main([str(tmp_path), str(tmp_path / "x.png")]) == 2
     assert "pip install -r requirements-plot.txt" in capsys.readouterr().err
