@@ -21,7 +21,8 @@ DEFER = "interrupt.defer(lambda: print('asked', flush=True))"
 
 def start(setup: str = "", **options) -> subprocess.Popen:
     program = subprocess.Popen(
-        [sys.executable, "-c", WAIT.format(setup=setup)],
+        # Python 3.12 warns of a fork beside the thread that reads signals.
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", WAIT.format(setup=setup)],
         cwd=REPO_ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
     )  # fmt: skip
     assert program.stdout.readline() == "ready\n"
