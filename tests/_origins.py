@@ -13,7 +13,7 @@ from tests._swin import SIZES, spread
 
 
 @dataclass(frozen=True)
-class Case:
+class WeightsCase:
     """One architecture with this project's argument names. `origin` is the library to compare with."""
 
     origin: str
@@ -73,10 +73,10 @@ def torchvision_swin(architecture: Architecture) -> nn.Module:
     )
 
 
-SMALL = [Case(origin, version) for origin in ("timm", "torchvision", "hf") for version in (1, 2)]
+SMALL = [WeightsCase(origin, version) for origin in ("timm", "torchvision", "hf") for version in (1, 2)]
 
 
-def _released() -> list[Case]:
+def _released() -> list[WeightsCase]:
     """Every architecture that the libraries have weights for."""
     cases = []
 
@@ -84,7 +84,7 @@ def _released() -> list[Case]:
         embed_dim, depths, num_heads = SIZES[size]
         for origin in origins:
             architecture = (embed_dim, depths, num_heads, img_size, window)
-            cases.append(Case(origin, version, *architecture, **{"num_classes": 1000, **more}))
+            cases.append(WeightsCase(origin, version, *architecture, **{"num_classes": 1000, **more}))
 
     others, every = ("timm", "hf"), ("timm", "hf", "torchvision")
     for size in SIZES:

@@ -86,7 +86,7 @@ _VALUES = st.one_of(
 
 
 @dataclass
-class Case:
+class ConfigCase:
     """The text of the recipe, arguments beyond --cfg, --data-path and --output, and names that an error may mention."""
 
     kind: str
@@ -96,18 +96,18 @@ class Case:
 
 
 @st.composite
-def other_values(draw) -> Case:
+def other_values(draw) -> ConfigCase:
     """Draws one to three keys with values of any type."""
     keys = draw(st.lists(_NAMES, min_size=1, max_size=3, unique=True))
     values = PLAIN | {key: draw(_VALUES) for key in keys}
     shown = [str(values[key]) for key in keys if isinstance(values[key], str | int)]  # a path is named by itself
-    return Case(
+    return ConfigCase(
         "values of any kind", yaml.safe_dump(values, allow_unicode=True).encode(), names=[*keys, *filter(None, shown)]
     )
 
 
 @st.composite
-def models(draw) -> Case:
+def models(draw) -> ConfigCase:
     """Draws architectures whose numbers are plausible one by one."""
     kind = draw(st.sampled_from(["swin", "swinv2", "swin_mlp"]))
     section = f"MODEL.{kind.upper()}"
@@ -131,11 +131,11 @@ def models(draw) -> Case:
     keys = draw(st.lists(st.sampled_from(sorted(choices)), min_size=1, max_size=4, unique=True))
     values = PLAIN | {"MODEL.TYPE": kind} | {key: draw(choices[key]) for key in keys}
     argv = ["--throughput"] if draw(st.booleans()) else []
-    return Case("models", yaml.safe_dump(values).encode(), argv, [*keys, "--data-path", "--batch-size"])
+    return ConfigCase("models", yaml.safe_dump(values).encode(), argv, [*keys, "--data-path", "--batch-size"])
 
 
 @st.composite
-def recipes(draw) -> Case:
+def recipes(draw) -> ConfigCase:
     """Draws schedules, augmentations and batch sizes that are plausible one by one."""
     choices = {
         "TRAIN.EPOCHS": st.integers(0, 400),
@@ -195,11 +195,11 @@ def recipes(draw) -> Case:
     }
     keys = draw(st.lists(st.sampled_from(sorted(choices)), min_size=1, max_size=4, unique=True))
     values = PLAIN | {"AMP_ENABLE": draw(st.booleans())} | {key: draw(choices[key]) for key in keys}
-    return Case("recipes", yaml.safe_dump(values).encode(), names=[*keys, "--batch-size"])
+    return ConfigCase("recipes", yaml.safe_dump(values).encode(), names=[*keys, "--batch-size"])
 
 
 @st.composite
-def texts(draw) -> Case:
+def texts(draw) -> ConfigCase:
     """Draws files that are not, or only just, a configuration."""
     plain = RECIPE.encode()
     kind = draw(st.sampled_from(["bytes", "spliced", "binary", "alias bomb", "nested", "tag", "long", "base", "keys"]))
@@ -281,11 +281,11 @@ def texts(draw) -> Case:
             )
         )
         text = yaml.safe_dump({key: draw(_VALUES)}).encode()
-    return Case(f"files: {kind}", text, names=["tiny.yaml", "TAG"])
+    return ConfigCase(f"files: {kind}", text, names=["tiny.yaml", "TAG"])
 
 
 @st.composite
-def command_lines(draw) -> Case:
+def command_lines(draw) -> ConfigCase:
     """Draws flags that are mistyped, incomplete or contradictory."""
     flags = [
         "--batch-size",
@@ -334,7 +334,7 @@ def command_lines(draw) -> Case:
         "/dev/null",
     ]
     words = draw(st.lists(st.sampled_from([*flags, *values]), min_size=1, max_size=5))
-    return Case("command lines", RECIPE.encode(), words, [*words, "--", "TRAIN", "DATA", "MODEL", "tiny"])
+    return ConfigCase("command lines", RECIPE.encode(), words, [*words, "--", "TRAIN", "DATA", "MODEL", "tiny"])
 
 
 CASES = st.one_of(other_values(), other_values(), models(), models(), recipes(), recipes(), texts(), command_lines())

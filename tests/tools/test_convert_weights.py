@@ -7,12 +7,12 @@ import safetensors.torch
 import torch
 
 from models.other_libraries import transformers_config
-from tests._origins import SMALL, Case, logits_of
+from tests._origins import SMALL, WeightsCase, logits_of
 from tests._swin import small, spread
 from tools.convert_weights import main
 from utils.checkpoint.io import write_weights
 
-CASES = pytest.mark.parametrize("case", SMALL, ids=Case.name)
+CASES = pytest.mark.parametrize("case", SMALL, ids=WeightsCase.name)
 
 
 def convert(*words: object) -> None:
@@ -27,14 +27,14 @@ def refused(capsys: pytest.CaptureFixture, *words: object) -> str:
     return message
 
 
-def hf_file(case: Case, folder: Path) -> Path:
+def hf_file(case: WeightsCase, folder: Path) -> Path:
     """The file that transformers itself writes."""
     case.theirs().save_pretrained(folder)
     return folder / "model.safetensors"
 
 
 @CASES
-def test_converting_back_gives_the_same_file(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_converting_back_gives_the_same_file(case: WeightsCase, tmp_path: Path, capsys: pytest.CaptureFixture):
     """Byte for byte in safetensors, through the original format in a PyTorch file."""
     file, between, back = tmp_path / "model.safetensors", tmp_path / "between.pth", tmp_path / "back.safetensors"
     if case.origin == "hf":
@@ -50,7 +50,7 @@ def test_converting_back_gives_the_same_file(case: Case, tmp_path: Path, capsys:
 
 
 @CASES
-def test_other_libraries_read_the_converted_files(case: Case, tmp_path: Path):
+def test_other_libraries_read_the_converted_files(case: WeightsCase, tmp_path: Path):
     ours = spread(case.ours())
     write_weights(tmp_path / "ours.pth", ours.state_dict(), key="model")
     ending = "safetensors" if case.origin == "hf" else "pth"
@@ -102,7 +102,7 @@ def test_omitted_entries_are_reported(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_files_of_mmpretrain(version: int, tmp_path: Path, capsys: pytest.CaptureFixture):
-    weights = spread(Case("timm", version).ours()).state_dict()
+    weights = spread(WeightsCase("timm", version).ours()).state_dict()
     torch.save({"model": weights}, tmp_path / "ours.pth")
     convert(tmp_path / "ours.pth", tmp_path / "mm.pth", "--to", "mmpretrain")
     theirs = torch.load(tmp_path / "mm.pth", weights_only=True)

@@ -41,7 +41,7 @@ def test_same_order_for_any_world_size(batch_size, world_size):
     assert resumed == stream(13, seed=5, batch_size=8, world_size=1, start=0, stop=48)[16:]
 
 
-def test_ranks_take_turns():
+def test_ranks_alternate():
     assert list(sampler(100, batch_size=2, start=12, stop=24, rank=1, world_size=3).positions) == [14, 20]
     with pytest.raises(ValueError, match="multiple"):
         sampler(100, batch_size=2, start=0, stop=8, world_size=3)

@@ -13,12 +13,12 @@ from models.pretrained.key_maps import DERIVED, FORMATS
 from models.pretrained.load import load_weights
 from models.swin_mlp import SwinMLP
 from models.swin_transformer import SwinTransformer
-from tests._origins import RELEASED, SMALL, Case, logits_of
+from tests._origins import RELEASED, SMALL, WeightsCase, logits_of
 from tests._swin import small, spread
 from utils.errors import UserError
 
 
-def case_of(origin: str, version: int) -> Case:
+def case_of(origin: str, version: int) -> WeightsCase:
     return next(case for case in SMALL if (case.origin, case.version) == (origin, version))
 
 
@@ -36,7 +36,7 @@ def learned(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in weights.items() if name.rpartition(".")[2] not in DERIVED}
 
 
-def check(case: Case) -> None:
+def check(case: WeightsCase) -> None:
     """Checks the detected format, the logits to 1e-5, and that converting there and back gives the same bits."""
     theirs, ours = case.theirs(), case.ours()
     weights = dict(theirs.state_dict())
@@ -51,31 +51,35 @@ def check(case: Case) -> None:
     assert_same_bits(from_original(original, weight_format), weights)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=Case.name)
-def test_same_outputs_and_same_bits_when_converted_back(case: Case):
+@pytest.mark.parametrize("case", SMALL, ids=WeightsCase.name)
+def test_same_outputs_and_same_bits_when_converted_back(case: WeightsCase):
     check(case)
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Case("timm", img_size=96, window_size=12, depths=(2, 2), num_heads=(2, 4)),  # 24 × 24 and 12 × 12 tokens
-        Case("hf", img_size=96, window_size=12, depths=(2, 2), num_heads=(2, 4), num_classes=21841),
-        Case("torchvision", embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), img_size=224, window_size=7),
+        WeightsCase("timm", img_size=96, window_size=12, depths=(2, 2), num_heads=(2, 4)),  # 24 × 24 and 12 × 12 tokens
+        WeightsCase("hf", img_size=96, window_size=12, depths=(2, 2), num_heads=(2, 4), num_classes=21841),
+        WeightsCase(
+            "torchvision", embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), img_size=224, window_size=7
+        ),
         *(
-            Case(origin, 2, img_size=64, window_size=8, depths=(2, 2), num_heads=(2, 4), pretrained_window_sizes=(4, 4))
+            WeightsCase(
+                origin, 2, img_size=64, window_size=8, depths=(2, 2), num_heads=(2, 4), pretrained_window_sizes=(4, 4)
+            )
             for origin in ("timm", "hf")
         ),
     ],
-    ids=Case.name,
+    ids=WeightsCase.name,
 )
-def test_other_windows_and_heads(case: Case):
+def test_other_windows_and_heads(case: WeightsCase):
     check(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", RELEASED, ids=Case.name)
-def test_every_released_size(case: Case):
+@pytest.mark.parametrize("case", RELEASED, ids=WeightsCase.name)
+def test_every_released_size(case: WeightsCase):
     check(case)
 
 
@@ -170,8 +174,8 @@ def test_key_bias_of_torchvision_has_no_effect_and_is_kept():
 # mmpretrain and mmdetection ------------------------------------------------------------------------------------------
 
 
-def four_stages(version: int, num_classes: int = 7) -> Case:
-    return Case("timm", version, 8, (1, 1, 2, 1), (1, 2, 4, 8), img_size=128, num_classes=num_classes)
+def four_stages(version: int, num_classes: int = 7) -> WeightsCase:
+    return WeightsCase("timm", version, 8, (1, 1, 2, 1), (1, 2, 4, 8), img_size=128, num_classes=num_classes)
 
 
 def unfolded(x: Tensor) -> Tensor:
@@ -270,8 +274,8 @@ def test_a_backbone_of_mmdetection_and_one_without_prefix():
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.", "encoder.", "module.model.", "_orig_mod."])
-@pytest.mark.parametrize("case", SMALL, ids=Case.name)
-def test_prefixes_are_detected(case: Case, prefix: str):
+@pytest.mark.parametrize("case", SMALL, ids=WeightsCase.name)
+def test_prefixes_are_detected(case: WeightsCase, prefix: str):
     weights = dict(case.theirs().state_dict())
     detected = detect_format({prefix + name: value for name, value in weights.items()})
     assert detected.prefix == prefix and detected.format.origin == case.origin
@@ -350,7 +354,7 @@ def test_models_of_timm_load_weights_of_any_format():
 
 def test_another_window_of_v2_is_reported():
     case = case_of("torchvision", 2)
-    wider = Case("torchvision", 2, window_size=8, pretrained_window_sizes=(4, 4, 4)).ours()
+    wider = WeightsCase("torchvision", 2, window_size=8, pretrained_window_sizes=(4, 4, 4)).ours()
     report = load_weights(wider, case.theirs().state_dict())
     entries = [entry for entry in report.dropped if "windows of 4, the model has 8" in entry]
     assert len(entries) == sum(case.depths[:2])  # the last stage's window shrinks to its map of 4 × 4
