@@ -33,7 +33,7 @@ def last_checkpoint(folder: Path, tag: str) -> Path:
     return folder / "demo" / tag / "checkpoints" / "last.pth"
 
 
-def train_to_the_end(folder: Path, tag: str, opts: Sequence[str]) -> None:
+def train_to_completion(folder: Path, tag: str, opts: Sequence[str]) -> None:
     """Runs main.py, its output in `folder`. Raises UserError if it fails."""
     with open(folder / f"{tag}.txt", "a") as output:
         done = subprocess.run(main_command(folder, tag, opts), cwd=REPO_ROOT, stdout=output, stderr=output)
@@ -95,10 +95,10 @@ def run(argv: Sequence[str] | None) -> int:
     if args.output.exists():
         raise UserError(f"--output {args.output}: exists already; name a folder that does not")
     args.output.mkdir(parents=True)
-    train_to_the_end(args.output, "whole", args.opts)
+    train_to_completion(args.output, "whole", args.opts)
     for _ in range(args.kills):
         train_until_killed(args.output, "killed", args.opts)
-    train_to_the_end(args.output, "killed", args.opts)
+    train_to_completion(args.output, "killed", args.opts)
     whole, killed = (torch.load(last_checkpoint(args.output, tag), weights_only=True) for tag in ("whole", "killed"))
     found = [name for key in COMPARED for name in differences(whole[key], killed[key], key)]
     images = whole["state"]["images_seen"]

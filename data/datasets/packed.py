@@ -64,7 +64,7 @@ class Pack:
 
     @classmethod
     def load(cls, path: Path) -> "Pack":
-        """Reads an index file, whoever wrote it. Raises UserError when it is damaged or has another format,
+        """Reads an index file, which is untrusted input. Raises UserError when it is damaged or has another format,
         FileNotFoundError."""
         try:
             with np.load(path, allow_pickle=False) as arrays:

@@ -81,15 +81,15 @@ def test_training_mode_is_set_once_and_restored_by_an_evaluation(monkeypatch: py
     calls = []
     train = nn.Module.train
     monkeypatch.setattr(Classification, "train", lambda self, mode=True: calls.append(mode) or train(self, mode))
-    modes = []
+    training_flags = []
     for step, _ in enumerate(train_steps(components, make_batches(5), TrainState(), lambda step: 0.01, BATCH)):
-        modes.append(components.task.model.drop.training)
+        training_flags.append(components.task.model.drop.training)
         if step == 2:
             before = len(calls)
             evaluation.evaluate_model_and_ema(components, lambda: make_batches(1))
             assert not components.ema.module.training
             del calls[before:]
-    assert modes == [True] * 5 and components.task.model.drop.training
+    assert training_flags == [True] * 5 and components.task.model.drop.training
     assert calls == [True]
 
 

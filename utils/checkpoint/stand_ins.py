@@ -115,7 +115,7 @@ _PATHS = {
     _windows_path: ("WindowsPath", "PureWindowsPath"),
 }
 
-# Names in pickles to what stands in for them. OrderedDict is the one mapping whose attributes the unpickler sets: it
+# Maps names in pickles to their stand-ins. OrderedDict is the one mapping whose attributes the unpickler sets: it
 # reads the attributes of yacs' configurations and of argparse's namespaces into its own, and never looks at them.
 STAND_INS: dict[str, Callable[..., object]] = {
     "yacs.config.CfgNode": OrderedDict,

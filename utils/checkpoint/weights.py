@@ -33,7 +33,7 @@ class Weights:
     Attributes:
         state_dict: name to tensor.
         kind: "ema" for a moving average, otherwise "model".
-        note: for the log: what lies in the file and why this was taken; "" if nothing else lies there.
+        note: for the log: the contents of the file and why this was taken; "" if it contains nothing else.
     """
 
     state_dict: dict[str, torch.Tensor]

@@ -87,7 +87,7 @@ def crop_resize(source: Source, params: CropResizeParams) -> np.ndarray:
     return OpenedImage(source, "x").crop_resize(params)
 
 
-def whole(size: tuple[int, int], out: tuple[int, int]) -> CropResizeParams:
+def full_image(size: tuple[int, int], out: tuple[int, int]) -> CropResizeParams:
     """All of an image of `size`, resized to `out`."""
     return CropResizeParams(0, 0, *size, *out, 0, 0, *out, bicubic=1, flip=0)
 
@@ -268,7 +268,7 @@ def test_decompression_bombs_are_refused_as_by_pillow(monkeypatch):
 def test_jpegs_with_longer_sides_than_libjpeg_takes_are_refused_as_by_pillow(size):
     """65,500 is the limit; 65,504 has the same number of blocks, so that the rest of the file stays right."""
     source = encode(Image.new("L", size, 90))
-    error, pixels = outcome(source, 0, lambda source, _: crop_resize(source, whole(size, (20, 30))))
+    error, pixels = outcome(source, 0, lambda source, _: crop_resize(source, full_image(size, (20, 30))))
     assert not error and pixels.shape == (30, 20, 3)
     frame = source.index(b"\xff\xc0") + (5 if size[0] == 8 else 7)
     assert source[frame : frame + 2] == (65500).to_bytes(2)

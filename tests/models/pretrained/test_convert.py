@@ -256,7 +256,7 @@ def test_relative_index_of_mmpretrain():
     assert torch.equal(theirs["backbone.stages.0.blocks.0.attn.w_msa.relative_position_index"], expected)
 
 
-def test_a_backbone_of_mmdetection_and_one_without_prefix():
+def test_backbones_of_mmdetection_with_and_with_no_prefix():
     case = four_stages(1, num_classes=0)
     ours = spread(case.ours())
     theirs = from_original(ours.state_dict(), FORMATS["mmpretrain"])
