@@ -116,7 +116,8 @@ _START_SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})
 from benchmarks.loader_pipelines import DIST_INFO, own_config
-from data.build import TrainBatches, build_datasets
+from data.build import build_datasets
+from tasks.build import train_batches
 imported = time.time()
 config = own_config({data!r}, {batch_size}, {workers}, "native")
 data = build_datasets(config, DIST_INFO)
